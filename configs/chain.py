@@ -1,0 +1,28 @@
+"""chain: a running value through a chain of operations; terse thinking is as good as verbose thinking, and shorter.
+
+    python -m tto_jax.train --config=configs/chain.py:brpo --workdir=runs/chain_brpo
+
+Variants: as peak's; `two_digits` after a comma (`brpo,two_digits`) asks for the last two values, ended by EOS.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "brpo") -> ConfigDict:
+    config = common.base(variant, budgets=(18, 36, 54, 72))
+    config.task = ConfigDict({"name": "chain", "min_ops": 4, "max_ops": 12, "answer_digits": 1, "max_trace_tokens": 72})
+    config.steps = 40
+    config.learner.tokens_per_row = 36
+    config.learner.optimizer.learning_rate = 3e-4
+    config.warm_start.steps = 1500
+    config.evaluation.budgets = (9, 18, 27, 36, 45, 54, 63, 72)
+    if "fast" in variant.split(","):
+        config.task.update({"min_ops": 3, "max_ops": 8, "max_trace_tokens": 48})
+        config.budgets.tokens = (12, 24, 36, 48)[-len(config.budgets.tokens) :]
+        config.evaluation.budgets = (6, 12, 18, 24, 30, 36, 42, 48)
+        config.learner.tokens_per_row = 24
+    if "two_digits" in variant.split(","):
+        config.task.answer_digits = 2
+    return config.lock()

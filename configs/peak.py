@@ -1,0 +1,26 @@
+"""peak: the largest of 8 values; cues say where it probably is, so the order of thinking matters.
+
+    python -m tto_jax.train --config=configs/peak.py:brpo --workdir=runs/peak_brpo
+
+Variants: brpo, brpo_linear, brpo_base, grpo, grpo_length, grpo_answers, group, mrt; `fast` alone or after a comma
+(`grpo,fast`) is the small size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "brpo") -> ConfigDict:
+    config = common.base(variant, budgets=(6, 12, 18, 24))
+    config.task = ConfigDict({"name": "peak", "num_values": 8})
+    config.steps = 120
+    config.learner.tokens_per_row = 12
+    config.learner.optimizer.learning_rate = 5e-4
+    config.warm_start.steps = 1000
+    config.evaluation.budgets = (3, 6, 9, 12, 15, 18, 21, 24)
+    if "fast" in variant.split(","):
+        config.steps = 40
+        config.learner.optimizer.learning_rate = 1e-3
+        config.warm_start.steps = 500
+    return config.lock()

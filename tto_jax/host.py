@@ -1,0 +1,53 @@
+"""What a page sets up on its host before any work."""
+
+import ctypes
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
+_PACKAGES = ("tto-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def keep_freed_memory() -> None:
+    """On CPU with glibc, keep freed memory in the process.
+
+    XLA's large temporaries would otherwise go back to the system after every step; faulting them in again is up to half
+    of a small step.
+    """
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library: slower, not wrong
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20)):
+        mallopt(option, value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` if files differ from it; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

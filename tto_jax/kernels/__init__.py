@@ -1,0 +1,1 @@
+"""One folder an op: `reference` is its specification, `api` its only door."""

@@ -1,0 +1,203 @@
+"""The update: log-probs of packed rows, the clipped objective, one optimizer step. Pure; jitted with donated state."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tto_jax.core import losses
+from tto_jax.core.types import Array, TokenTree, pytree
+from tto_jax.kernels.token_logprobs import token_logprobs
+from tto_jax.models import decoder
+from tto_jax.models.config import ModelConfig
+from tto_jax.models.decoder import Params
+
+OPTIMIZER_SCHEDULES = ("constant", "cosine")
+
+
+@pytree
+class TrainState:
+    """All that an update changes. Parameters and moments are float32."""
+
+    step: Array  # i32[], optimizer steps taken or skipped
+    params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW after a global-norm clip; linear warm-up, then constant or cosine to zero."""
+
+    learning_rate: float
+    schedule: str = "constant"
+    warmup_steps: int = 0  # optimizer steps
+    decay_steps: int = 0  # optimizer steps of the whole cosine
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in OPTIMIZER_SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is unknown: choose one of {OPTIMIZER_SCHEDULES}")
+        if not (self.learning_rate > 0 and self.grad_clip > 0):
+            raise ValueError(
+                f"learning_rate={self.learning_rate}, grad_clip={self.grad_clip}: both must be positive, such as 1e-6 and 1.0"
+            )
+        if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps={self.decay_steps}: a cosine must last longer than warmup_steps={self.warmup_steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Static options of the objective."""
+
+    num_targets: int  # most trained tokens in a row
+    constant: float  # divisor of the summed objective
+    temperature: float = 1.0  # the sampler's: log-probs are of the distribution that was sampled from
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.0  # weight of the KL to the reference
+    kl_estimator: str = "k3"
+    attention: str = "reference"
+    logprobs: str = "chunked"
+
+    def __post_init__(self):
+        if self.kl_estimator not in losses.KL_KINDS:
+            raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown: choose one of {losses.KL_KINDS}")
+        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
+            raise ValueError(
+                f"clip_low={self.clip_low}, clip_high={self.clip_high}: choose 0 <= low <= 1 and high >= 0"
+            )
+        if not self.constant > 0:
+            raise ValueError(f"constant={self.constant}: the loss is divided by a positive constant")
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optimizer; steps with a gradient that is not finite are skipped and counted (`apply_if_finite`)."""
+    rate = config.learning_rate
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, rate, config.warmup_steps, config.decay_steps)
+    elif config.warmup_steps:
+        rate = optax.warmup_constant_schedule(rate / config.warmup_steps, rate, config.warmup_steps)
+    update = optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+    return optax.apply_if_finite(update, max_consecutive_errors=2**31 - 1)
+
+
+def init_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
+    """Step 0 with fresh moments. The parameters are taken over (donated by the first step)."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(optimizer).init(params))
+
+
+def target_logprobs(
+    model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-prob and entropy of the trained tokens only, gathered: index i32[N,T], logprob f32[N,T], entropy f32[N,T].
+
+    T = num_targets; only trained positions are projected on the vocabulary. Slots beyond a row's trained tokens hold
+    other tokens of the row: their loss_mask is False.
+    """
+    hidden = decoder.forward_rows(model, params, rows, config.attention)
+    index = jnp.argsort(~rows.loss_mask, axis=-1, stable=True)[:, : config.num_targets]
+    source = jnp.take_along_axis(rows.source, index, axis=-1)
+    target = jnp.take_along_axis(rows.tokens, index, axis=-1)
+    hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
+    head = decoder.head(model, params).astype(hidden.dtype)
+    logprob, entropy = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1), config.temperature, config.logprobs
+    )
+    return index, logprob.reshape(index.shape), entropy.reshape(index.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def score_logprobs(
+    model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
+) -> tuple[jax.Array, jax.Array]:
+    """The trainer's log-prob and entropy of every trained token, f32[N,L]; 0 elsewhere."""
+    index, logprob, entropy = target_logprobs(model, config, params, rows)
+    row = jnp.arange(index.shape[0])[:, None]
+    scatter = lambda x: jnp.where(rows.loss_mask, jnp.zeros(rows.tokens.shape).at[row, index].set(x), 0.0)  # noqa: E731
+    return scatter(logprob), scatter(entropy)
+
+
+def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree) -> tuple[jax.Array, dict]:
+    """Minus the clipped objective (plus KL) over an explicit constant, and metrics of the update."""
+    index, logprob, _ = target_logprobs(model, config, params, rows)
+    take = lambda x: jnp.take_along_axis(x, index, axis=-1)  # noqa: E731
+    mask, advantage, old = take(rows.loss_mask), take(rows.advantage), take(rows.old_logprob)
+    # Slots without a trained token are other tokens: give them ratio 1, so that nothing overflows in the gradient.
+    logprob = jnp.where(mask, logprob, old)
+    objective = losses.clipped_objective(logprob, old, advantage, config.clip_low, config.clip_high)
+    total = -losses.aggregate(objective, mask, config.constant)
+    if config.kl:
+        ref = jnp.where(mask, take(rows.ref_logprob), logprob)
+        total += config.kl * losses.aggregate(
+            losses.kl_estimate(logprob, ref, config.kl_estimator), mask, config.constant
+        )
+    return total, _loss_metrics(config, logprob, old, advantage, mask, take(rows.branch) > 0)
+
+
+def _loss_metrics(config, logprob, old, advantage, mask, in_answer):
+    tokens = jnp.maximum(mask.sum(), 1)
+    mean = lambda x: jnp.sum(jnp.where(mask, x, 0.0)) / tokens  # noqa: E731
+    ratio = jnp.exp(logprob - old)
+    weight = jnp.where(mask, jnp.abs(advantage), 0.0)
+    answer_share = jnp.sum(jnp.where(in_answer, weight, 0.0)) / jnp.maximum(weight.sum(), 1e-30)
+    return {
+        "loss/kl_old": mean(losses.kl_estimate(logprob, old, "k3")),
+        "loss/clip_fraction": mean(losses.clip_active(logprob, old, advantage, config.clip_low, config.clip_high)),
+        "loss/ratio_min": jnp.min(jnp.where(mask, ratio, 1.0)),
+        "loss/ratio_max": jnp.max(jnp.where(mask, ratio, 1.0)),
+        "loss/share_answers": answer_share,
+        "loss/share_thinking": jnp.where(weight.sum() > 0, 1.0 - answer_share, 0.0),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def train_step(
+    model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
+) -> tuple[TrainState, dict]:
+    """One optimizer step on one minibatch of packed rows; the state is donated."""
+    (value, metrics), grads = jax.value_and_grad(lambda params: loss(model, config, params, rows), has_aux=True)(
+        state.params
+    )
+    state, applied = _apply(optimizer, state, grads)
+    return state, {"loss/total": value, **metrics, **applied}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def supervised_step(
+    model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
+) -> tuple[TrainState, dict]:
+    """One optimizer step of maximum likelihood on the trained tokens: minus the mean log-prob. The state is donated."""
+
+    def negative_loglik(params):
+        index, logprob, _ = target_logprobs(model, config, params, rows)
+        mask = jnp.take_along_axis(rows.loss_mask, index, axis=-1)
+        return -losses.aggregate(logprob, mask, jnp.maximum(mask.sum(), 1))
+
+    value, grads = jax.value_and_grad(negative_loglik)(state.params)
+    state, applied = _apply(optimizer, state, grads)
+    return state, {"loss/total": value, **applied}
+
+
+def _apply(optimizer, state, grads):
+    updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"update/grad_norm": optax.global_norm(grads), "update/skipped": opt_state.total_notfinite}
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+@functools.partial(jax.jit, static_argnums=(1,))
+def minibatch(rows: TokenTree, number: int, index: Array) -> TokenTree:
+    """Minibatch `index` of `number` equal, consecutive ones."""
+    size = rows.tokens.shape[0] // number
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), rows)

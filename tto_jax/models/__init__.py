@@ -1,0 +1,1 @@
+"""The policy: a causal decoder and its explicit cache."""

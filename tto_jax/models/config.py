@@ -1,0 +1,46 @@
+"""What decoder: Qwen2, Qwen3 and Llama differ by these fields only."""
+
+import dataclasses
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of the decoder (static).
+
+    Qwen2: attention_bias. Qwen3: qk_norm. Llama: neither. Parameters are float32; dtype is what they are computed in.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_position: int  # context length in tokens; longer rows are refused
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    attention_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    remat: str = "none"  # what the backward recomputes: nothing, all but matrix products, whole layers
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: sizes are positive integers")
+        if self.num_heads % self.num_kv_heads:
+            choices = tuple(n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: choose one of {choices}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim}: rotary embeddings need an even head size")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype={self.dtype!r} is unknown: choose one of {DTYPES}")
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat={self.remat!r} is unknown: choose one of {REMAT}")

@@ -1,0 +1,202 @@
+"""A Flax NNX decoder: RMSNorm, rotary positions, grouped KV heads, SwiGLU; layers stacked and scanned.
+
+The attention of a call is a function `attend(layer, state, q, k, v) -> (out, state)`, so that the same layers serve packed
+rows (`forward_rows`) and cached decoding (`decode`). Everything outside works on pure parameter dicts.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tto_jax.core.types import Array, TokenTree
+from tto_jax.kernels.branch_decode import branch_decode
+from tto_jax.kernels.tree_attention import tree_attention
+from tto_jax.models.cache import Cache, Context
+from tto_jax.models.config import ModelConfig
+
+Params = dict[str, Any]
+Attend = Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
+
+EMBED_STD = 0.02  # of the embedding, as in the checkpoints of these families
+_KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def rotary(x: Array, position: Array, theta: float) -> jax.Array:
+    """Rotate halves of x [R,T,H,D] by position i32[R,T] (Llama's convention), in float32."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections around an attention function."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+        linear = functools.partial(nnx.Linear, dtype=config.dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
+        self.q = linear(config.hidden_size, heads * width, use_bias=config.attention_bias)
+        self.k = linear(config.hidden_size, kv_heads * width, use_bias=config.attention_bias)
+        self.v = linear(config.hidden_size, kv_heads * width, use_bias=config.attention_bias)
+        self.out = linear(heads * width, config.hidden_size, use_bias=False)
+        if config.qk_norm:
+            norm = functools.partial(nnx.RMSNorm, width, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
+            self.q_norm, self.k_norm = norm(), norm()
+
+    def __call__(self, x: Array, position: Array, attend: Callable) -> tuple[Array, Any]:
+        """x [R,T,M], position i32[R,T], attend(q, k, v) -> (out, state); returns ([R,T,M], state)."""
+        config = self.config
+        split = lambda y, heads: y.reshape(*x.shape[:2], heads, config.head_dim)  # noqa: E731
+        q, k = split(self.q(x), config.num_heads), split(self.k(x), config.num_kv_heads)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotary(q, position, config.rope_theta), rotary(k, position, config.rope_theta)
+        out, state = attend(q, k, split(self.v(x), config.num_kv_heads))
+        return self.out(out.reshape(*x.shape[:2], -1)), state
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        norm = functools.partial(
+            nnx.RMSNorm, config.hidden_size, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs
+        )
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=config.dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = Attention(config, rngs)
+        self.gate = linear(config.hidden_size, config.mlp_size)
+        self.up = linear(config.hidden_size, config.mlp_size)
+        self.down = linear(config.mlp_size, config.hidden_size)
+
+    def __call__(self, x: Array, position: Array, attend: Callable) -> tuple[Array, Any]:
+        """x [R,T,M] -> ([R,T,M], state)."""
+        mixed, state = self.attention(self.attention_norm(x), position, attend)
+        x = x + mixed
+        y = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), state
+
+
+class Decoder(nnx.Module):
+    """Tokens to final hidden states; the head is separate, so that only the positions that are needed are projected."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        embed_init = nnx.initializers.normal(EMBED_STD)
+        self.embed = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=config.dtype, embedding_init=embed_init, rngs=rngs
+        )
+        make_layers = nnx.vmap(functools.partial(Layer, config), in_axes=0, out_axes=0)
+        self.layers = make_layers(rngs.fork(split=config.num_layers))
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                kernel_init=embed_init,
+                rngs=rngs,
+            )
+
+    def __call__(self, tokens: Array, position: Array, attend: Attend, state: Any) -> tuple[Array, Any]:
+        """tokens, position i32[R,T] -> (hidden [R,T,M], state after all layers)."""
+        graph, stacked = nnx.split(self.layers)
+
+        def layer_step(carry, xs):
+            x, state = carry
+            index, params = xs
+            return nnx.merge(graph, params)(x, position, functools.partial(attend, index, state)), None
+
+        body = _remat(layer_step, self.config.remat)
+        indices = jnp.arange(self.config.num_layers)
+        (x, state), _ = jax.lax.scan(body, (self.embed(tokens), state), (indices, stacked))
+        return self.norm(x), state
+
+    def head(self) -> Array:
+        """[M,V] in the parameters' dtype."""
+        return self.embed.embedding[...].T if self.config.tie_embeddings else self.lm_head.kernel[...]
+
+
+def _remat(function, policy: str):
+    if policy == "none":
+        return function
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(function, policy=saved)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config: ModelConfig):
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Random float32 parameters as a pure nested dict; layers are stacked along the first axis."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(seed)), nnx.Param)))()
+
+
+def _merge(config: ModelConfig, params: Params) -> Decoder:
+    graph, abstract = _abstract(config)
+    state = jax.tree.map(lambda x: x, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def head(config: ModelConfig, params: Params) -> Array:
+    """The LM head, float32 [M,V]."""
+    return _merge(config, params).head()
+
+
+def logits(config: ModelConfig, params: Params, hidden: Array) -> jax.Array:
+    """hidden [..., M] -> f32[..., V]."""
+    weights = head(config, params).astype(hidden.dtype)
+    return jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
+
+
+def forward_rows(
+    config: ModelConfig, params: Params, rows: TokenTree, attention_implementation: str = "reference"
+) -> jax.Array:
+    """Hidden states [N,L,M] of packed rows (tokens, position, tree, branch, fork are read)."""
+
+    def attend(_layer, _state, q, k, v):
+        return tree_attention(q, k, v, rows, implementation=attention_implementation), ()
+
+    return _merge(config, params)(rows.tokens, rows.position, attend, ())[0]
+
+
+def decode(
+    config: ModelConfig,
+    params: Params,
+    tokens: Array,
+    position: Array,
+    cache: Cache,
+    slot: Array,
+    visible: Array,
+    context: Sequence[Context] = (),
+) -> tuple[jax.Array, Cache]:
+    """Hidden states of T new tokens for each of R rows, which are written to the cache at `slot`.
+
+    Args:
+      tokens, position: i32[R,T].
+      cache: own cache of the R rows. slot: i32[], where the new tokens go, the same for all rows.
+      visible: bool[R,T,C], what each new token sees of its own row (after the write).
+      context: finished caches that are seen too; their rows may be fewer: consecutive rows share one.
+
+    Returns:
+      hidden [R,T,M] and the cache.
+    """
+
+    def attend(layer, cache, q, k, v):
+        cache = cache.write(layer, slot, k, v)
+        parts = [part.cache.part(layer, part.visible) for part in context] + [cache.part(layer, visible)]
+        out = branch_decode(q.reshape(-1, *q.shape[2:]), parts)
+        return out.reshape(q.shape), cache
+
+    return _merge(config, params)(tokens, position, attend, cache)

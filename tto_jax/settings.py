@@ -1,0 +1,190 @@
+"""From an experiment's ConfigDict to the frozen, static settings of the parts: here the ConfigDict ends.
+
+Every combination that cannot work is refused here, before any work, with the value, the rule and the choices.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from tto_jax import tasks
+from tto_jax.core.budgets import BudgetSchedule
+from tto_jax.core.credit import ANSWERS, Estimator
+from tto_jax.core.losses import released_constant
+from tto_jax.core.sampling import SampleConfig
+from tto_jax.learner import LossConfig, OptimizerConfig
+from tto_jax.models.config import ModelConfig
+from tto_jax.rollout import RolloutConfig
+from tto_jax.tasks import Task
+from tto_jax.tokenizer import Tokenizer
+
+ANSWER_WEIGHTS = ("code", "paper")
+NORMALIZERS = ("constant", "released")
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig:
+    """Static options between scores and packed rows."""
+
+    estimator: Estimator
+    answers: str
+    answer_weight: str
+    length_penalty: float
+
+    def __post_init__(self):
+        if self.answers not in ANSWERS:
+            raise ValueError(f"credit.answers={self.answers!r} is unknown: choose one of {ANSWERS}")
+        if self.answer_weight not in ANSWER_WEIGHTS:
+            raise ValueError(f"credit.answer_weight={self.answer_weight!r} is unknown: choose one of {ANSWER_WEIGHTS}")
+        if not 0 <= self.length_penalty <= 1:
+            raise ValueError(f"credit.length_penalty={self.length_penalty}: the coefficient lies in [0, 1]; choose 0.2")
+
+    def answer_weights(self, schedule: BudgetSchedule, answers: int) -> jax.Array:
+        """f32[S]: P_j / A (the paper's eq. 10) or 1 (the released code)."""
+        return schedule.weights / answers if self.answer_weight == "paper" else jnp.ones(schedule.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that the training page needs, resolved."""
+
+    seed: int
+    steps: int
+    problems: int  # B, problems a step
+    minibatches: int
+    prompt_pad: int  # P
+    task: Task
+    tokenizer: Tokenizer
+    model: ModelConfig
+    rollout: RolloutConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    schedule: BudgetSchedule
+    credit: CreditConfig
+
+    @property
+    def rows(self) -> int:
+        """N = B*G."""
+        return self.problems * self.rollout.group_size
+
+    @property
+    def answer_pad(self) -> int:
+        """E."""
+        return self.rollout.forced_pad + self.rollout.answer_cap
+
+    @property
+    def row_length(self) -> int:
+        """L, tokens of a packed row."""
+        return self.prompt_pad + self.rollout.trace_pad + self.schedule.size * self.rollout.answers * self.answer_pad
+
+    def kv_bytes(self) -> int:
+        """Bytes of KV that a rollout holds: prompts, traces, inserted tokens and answers."""
+        columns = self.rows * self.schedule.size
+        tokens = self.problems * self.prompt_pad + self.rows * self.rollout.trace_pad
+        tokens += columns * (self.rollout.forced_pad + self.rollout.answers * self.rollout.answer_cap)
+        width = jnp.dtype(self.model.dtype).itemsize * self.model.num_kv_heads * self.model.head_dim
+        return 2 * self.model.num_layers * tokens * width
+
+
+def build(config: ml_collections.ConfigDict) -> Settings:
+    """Resolve and check a configuration. Raises ValueError for what cannot work."""
+    task = tasks.get(**config.task.to_dict())
+    tokenizer = Tokenizer.from_task(task)
+    model = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model.to_dict())
+    schedule = BudgetSchedule.from_prior(config.budgets.tokens, config.budgets.prior)
+    rollout = RolloutConfig(
+        group_size=config.rollout.group_size,
+        trace_pad=int(config.budgets.tokens[-1]),
+        answers=config.rollout.answers,
+        answer_cap=task.max_answer_tokens,
+        think_end=tokenizer.think_end_id,
+        eos=tokenizer.eos_id,
+        elicit_ended=tokenizer.elicit_ended,
+        elicit_cut=tokenizer.elicit_cut,
+        sample=SampleConfig(temperature=config.rollout.temperature),
+        segment=config.rollout.segment,
+    )
+    settings = Settings(
+        seed=config.seed,
+        steps=config.steps,
+        problems=config.rollout.problems,
+        minibatches=config.learner.minibatches,
+        prompt_pad=task.max_prompt_tokens,
+        task=task,
+        tokenizer=tokenizer,
+        model=model,
+        rollout=rollout,
+        loss=_loss(config, rollout, schedule.size),
+        optimizer=OptimizerConfig(
+            **config.learner.optimizer.to_dict(), decay_steps=config.steps * config.learner.minibatches
+        ),
+        schedule=schedule,
+        credit=CreditConfig(**config.credit.to_dict() | {"estimator": Estimator(**config.credit.estimator.to_dict())}),
+    )
+    _check(settings, config)
+    return settings
+
+
+def _loss(config, rollout, size):
+    learner = config.learner
+    if learner.minibatches < 1 or config.rollout.problems % learner.minibatches:
+        choices = tuple(n for n in range(1, config.rollout.problems + 1) if config.rollout.problems % n == 0)
+        raise ValueError(
+            f"learner.minibatches={learner.minibatches} does not divide rollout.problems={config.rollout.problems}: "
+            f"choose one of {choices}"
+        )
+    if learner.normalizer not in NORMALIZERS:
+        raise ValueError(f"learner.normalizer={learner.normalizer!r} is unknown: choose one of {NORMALIZERS}")
+    rows = config.rollout.problems * rollout.group_size // learner.minibatches
+    response = rollout.trace_pad + size * rollout.answers * (rollout.forced_pad + rollout.answer_cap)
+    constant = rows * learner.tokens_per_row if learner.normalizer == "constant" else released_constant(rows, response)
+    return LossConfig(
+        num_targets=rollout.trace_pad + size * rollout.answers * rollout.answer_cap,
+        constant=float(constant),
+        temperature=rollout.sample.temperature,
+        clip_low=learner.clip_low,
+        clip_high=learner.clip_high,
+        kl=learner.kl,
+        kl_estimator=learner.kl_estimator,
+    )
+
+
+def _check(settings: Settings, config) -> None:
+    rollout, task = settings.rollout, settings.task
+    if settings.steps < 1:
+        raise ValueError(f"steps={settings.steps}: a run has at least 1 step")
+    if settings.problems < 1:
+        raise ValueError(f"rollout.problems={settings.problems}: a step has at least 1 problem")
+    if not 0 <= settings.seed < 2**32:
+        raise ValueError(f"seed={settings.seed}: seeds lie in [0, 2**32)")
+    longest = settings.prompt_pad + rollout.trace_pad + settings.answer_pad
+    if longest > settings.model.max_position:
+        room = settings.model.max_position - settings.prompt_pad - settings.answer_pad
+        raise ValueError(
+            f"budgets.tokens={tuple(config.budgets.tokens)}: prompt {settings.prompt_pad} + trace {rollout.trace_pad} + answer "
+            f"{settings.answer_pad} = {longest} tokens exceed model.max_position={settings.model.max_position}; "
+            f"choose a last budget of at most {room}"
+        )
+    if not rollout.sample.temperature > 0:
+        raise ValueError("rollout.temperature=0: greedy traces have no log-prob to train on; choose 1.0")
+    if settings.rollout.group_size == 1 and settings.credit.estimator.kind in ("grpo", "rloo", "mrt"):
+        raise ValueError(
+            f"rollout.group_size=1 with {settings.credit.estimator.kind!r}: every advantage would be zero; choose 2 or more"
+        )
+    if settings.credit.estimator.kind == "progress_gae":
+        raise ValueError(
+            "credit.estimator.kind='progress_gae' needs scores before any thinking, which this page does "
+            "not sample yet; choose 'mrt'"
+        )
+    budgets = tuple(config.evaluation.budgets)
+    BudgetSchedule.from_prior(budgets)
+    if (
+        budgets[-1] > task.max_trace_tokens + 1
+        or budgets[-1] + settings.prompt_pad + settings.answer_pad > settings.model.max_position
+    ):
+        raise ValueError(
+            f"evaluation.budgets={budgets}: the last one exceeds the task or the context; choose at most "
+            f"{task.max_trace_tokens}"
+        )

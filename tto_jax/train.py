@@ -1,0 +1,211 @@
+"""Train: python -m tto_jax.train --config=configs/peak.py:brpo --workdir=DIR [--config.a.b=value] [--dry_run]
+
+One page, in the order in which it runs. A run resumes from its last checkpoint by default.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from tto_jax import checkpoint, data, diagnostics, evaluation, grading, host, learner, rollout, settings, warm_start
+from tto_jax.core import credit, rewards, token_tree
+from tto_jax.core.budgets import forks_at_budgets
+from tto_jax.metrics import MetricsWriter, Progress
+from tto_jax.settings import Settings
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/peak.py:brpo.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics, samples.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the resolved configuration, then stop.")
+
+RESUMABLE = ("steps", "evaluation", "checkpoint", "log", "warm_start.cache")  # may change when a run is resumed
+
+
+def main(argv):
+    """The page."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option is a flag, such as --config.steps=10")
+    config = _CONFIG.value
+    plan = settings.build(config)
+    print(describe(plan), flush=True)
+    if _DRY_RUN.value:
+        print(config)
+        return
+    if not _WORKDIR.value:
+        raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
+    train(config, plan, epath.Path(_WORKDIR.value))
+
+
+def train(config, plan: Settings, workdir: epath.Path) -> None:
+    """Warm start, then `plan.steps` steps of rollout, credit and update."""
+    host.keep_freed_memory()
+    checkpoint.claim_workdir(workdir, config.to_dict(), overridable=RESUMABLE)
+
+    # The policy: warm start -> state -> whatever the last checkpoint holds.
+    initial = warm_start.get(config, plan, workdir)
+    reference = initial if plan.loss.kl else None
+    state = learner.init_state(jax.tree.map(jnp.copy, initial), plan.optimizer)
+    source = data.ProblemSource(plan.task, "train", config.data.problems)
+    batches = data.problem_batches(source, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed)
+    saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
+    begin, totals = 0, {"tokens": 0, "seconds": 0.0}
+    if (step := saved.latest_step()) is not None:
+        state, extra = saved.restore(step, state)
+        batches.set_state(extra["cursor"])
+        begin, totals = step, extra["totals"]
+    writer = MetricsWriter(workdir, resume_step=begin if begin else -1)
+    progress = Progress(plan.steps, initial=begin)
+    if begin == 0:
+        evaluate_row(config, plan, state.params, writer, 0, totals)
+
+    for step in range(begin + 1, plan.steps + 1):
+        clock = Clock()
+        key = jax.random.fold_in(jax.random.key(plan.seed), step)
+
+        # Think, cut, answer.
+        batch = next(batches)
+        prompts = jax.device_put(batch.prompts)
+        traces, trunk = rollout.sample_traces(plan.model, plan.rollout, state.params, prompts, key)
+        forks = cut(traces.length, plan.schedule)
+        clock.mark("think", traces)
+        answers = rollout.sample_answers(plan.model, plan.rollout, state.params, trunk, traces, forks, key)
+        clock.mark("answer", answers)
+
+        # Grade on the host, turn scores into credit, pack trees.
+        seen_traces, seen_forks, seen_answers = jax.device_get((traces, forks, answers))
+        scores = grading.grade(plan.task, plan.tokenizer, batch.problems, seen_traces, seen_forks, seen_answers)
+        clock.mark("grade")
+        rows, earned, baselines = credit_and_pack(
+            plan.credit, plan.schedule, prompts, traces, answers, forks, jax.device_put(scores.correct)
+        )
+        clock.mark("credit", rows)
+
+        # Old log-probs by the trainer, then one optimizer step a minibatch.
+        old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
+        rows = dataclasses.replace(rows, old_logprob=old)
+        if reference is not None:
+            ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
+            rows = dataclasses.replace(rows, ref_logprob=ref)
+        clock.mark("score", rows)
+        updates = []
+        for index in range(plan.minibatches):
+            part = learner.minibatch(rows, plan.minibatches, jnp.int32(index))
+            state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
+            updates.append(update)
+        clock.mark("update", state)
+
+        # Say what happened.
+        updates, earned, baselines, tokens = jax.device_get(
+            (updates, earned, baselines, (rows.loss_mask, rows.branch, rows.sampler_logprob, old, entropy))
+        )
+        totals = {"tokens": totals["tokens"] + int(tokens[0].sum()), "seconds": totals["seconds"] + clock.total()}
+        by_trace = seen_forks.reshape(earned.block_mask.shape)
+        row = diagnostics.rollout_metrics(scores, seen_traces, by_trace, np.asarray(plan.schedule.tokens))
+        row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.token_metrics(*tokens)
+        row |= diagnostics.update_metrics(updates) | totals | clock.seconds()
+        writer.write(step, row)
+        progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
+        if step % config.log.samples_every == 0:
+            writer.write_samples(
+                step,
+                diagnostics.samples(
+                    plan, batch.problems, seen_traces, by_trace, seen_answers, scores, earned, config.log.samples
+                ),
+            )
+        if step % config.evaluation.every == 0:
+            evaluate_row(config, plan, state.params, writer, step, totals)
+        if step % config.checkpoint.every == 0 or step == plan.steps:
+            writer.flush()
+            saved.save(step, state, {"cursor": batches.get_state(), "totals": totals})
+    progress.close()
+    writer.close()
+    saved.close()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
+    """Scores f32[B,G,S,A] -> packed rows, credit and the baselines for the metrics."""
+    group = correct.shape[:2]
+    by_trace = forks.reshape(*group, -1)
+    if config.length_penalty:
+        correct = rewards.length_penalty(
+            correct, traces.length.reshape(group), traces.tokens.shape[1], config.length_penalty
+        )
+    earned = credit.assign(correct, by_trace, schedule, config.estimator, config.answers)
+    weight = config.answer_weights(schedule, correct.shape[-1])
+    rows = token_tree.pack(prompts, traces, answers, forks, earned, weight)
+    return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
+
+
+cut = jax.jit(forks_at_budgets)
+
+
+def evaluate_row(config, plan, params, writer, step, totals) -> None:
+    """A small evaluation as a row of its own kind: accuracy at budgets against steps and sampled tokens."""
+    wanted = config.evaluation
+    if not wanted.problems:
+        return
+    result = evaluation.evaluate(
+        plan, params, problems=wanted.problems, budgets=tuple(wanted.budgets), answers=wanted.answers, seed=wanted.seed
+    )
+    accuracy = result.correct.mean(axis=(0, 1, 3))
+    writer.write(
+        step,
+        {
+            "eval/anytime": accuracy.mean(),
+            "eval/final": accuracy[-1],
+            "eval/accuracy": accuracy,
+            "eval/length": result.length.mean(),
+            **totals,
+        },
+    )
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self):
+        self._begin = self._last = time.perf_counter()
+        self._phases = {}
+
+    def mark(self, phase: str, result=None) -> None:
+        """End a phase, once its result is there."""
+        jax.block_until_ready(result)
+        now = time.perf_counter()
+        self._phases[phase], self._last = now - self._last, now
+
+    def total(self) -> float:
+        """Since the step began."""
+        return time.perf_counter() - self._begin
+
+    def seconds(self) -> dict:
+        """`seconds/PHASE` of every phase, and of the step."""
+        return {f"seconds/{name}": value for name, value in self._phases.items()} | {"seconds/step": self.total()}
+
+
+def describe(plan: Settings) -> str:
+    """The resolved sizes, for the start of a run and for --dry_run."""
+    params = jax.eval_shape(lambda: learner.decoder.init_params(plan.model, 0))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    lines = {
+        "task": plan.task,
+        "model": f"{count:,} parameters (float32), computed in {plan.model.dtype}",
+        "budgets": f"{np.asarray(plan.schedule.tokens).tolist()} tokens, prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
+        "credit": f"{plan.credit}",
+        "rollout": f"{plan.problems} problems x {plan.rollout.group_size} traces x {plan.schedule.size} forks x "
+        f"{plan.rollout.answers} answers; {plan.kv_bytes():,} bytes of KV cache",
+        "update": f"{plan.minibatches} minibatches of {plan.rows // plan.minibatches} rows of {plan.row_length} tokens; {plan.optimizer}",
+        "loss": plan.loss,
+    }
+    return "\n".join(f"{name:8} {value}" for name, value in lines.items())
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
