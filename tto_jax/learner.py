@@ -58,6 +58,7 @@ class LossConfig:
     """Static options of the objective."""
 
     num_targets: int  # most trained tokens in a row
+    num_states: int  # leading tokens of a row that are computed; the rest are targets only
     constant: float  # divisor of the summed objective
     temperature: float = 1.0  # the sampler's: log-probs are of the distribution that was sampled from
     clip_low: float = 0.2
@@ -66,6 +67,7 @@ class LossConfig:
     kl_estimator: str = "k3"
     attention: str = "reference"
     logprobs: str = "chunked"
+    micro_rows: int = 0  # rows whose gradient is computed at a time, 0: the whole minibatch
 
     def __post_init__(self):
         if self.kl_estimator not in losses.KL_KINDS:
@@ -105,7 +107,8 @@ def target_logprobs(
     T = num_targets; only trained positions are projected on the vocabulary. Slots beyond a row's trained tokens hold
     other tokens of the row: their loss_mask is False.
     """
-    hidden = decoder.forward_rows(model, params, rows, config.attention)
+    states = jax.tree.map(lambda x: x[:, : config.num_states], rows)
+    hidden = decoder.forward_rows(model, params, states, config.attention)
     index = jnp.argsort(~rows.loss_mask, axis=-1, stable=True)[:, : config.num_targets]
     source = jnp.take_along_axis(rows.source, index, axis=-1)
     target = jnp.take_along_axis(rows.tokens, index, axis=-1)
@@ -129,7 +132,7 @@ def score_logprobs(
 
 
 def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree) -> tuple[jax.Array, dict]:
-    """Minus the clipped objective (plus KL) over an explicit constant, and metrics of the update."""
+    """Minus the clipped objective (plus KL) over an explicit constant; and sums for the metrics."""
     index, logprob, _ = target_logprobs(model, config, params, rows)
     take = lambda x: jnp.take_along_axis(x, index, axis=-1)  # noqa: E731
     mask, advantage, old = take(rows.loss_mask), take(rows.advantage), take(rows.old_logprob)
@@ -142,22 +145,34 @@ def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
         total += config.kl * losses.aggregate(
             losses.kl_estimate(logprob, ref, config.kl_estimator), mask, config.constant
         )
-    return total, _loss_metrics(config, logprob, old, advantage, mask, take(rows.branch) > 0)
-
-
-def _loss_metrics(config, logprob, old, advantage, mask, in_answer):
-    tokens = jnp.maximum(mask.sum(), 1)
-    mean = lambda x: jnp.sum(jnp.where(mask, x, 0.0)) / tokens  # noqa: E731
     ratio = jnp.exp(logprob - old)
     weight = jnp.where(mask, jnp.abs(advantage), 0.0)
-    answer_share = jnp.sum(jnp.where(in_answer, weight, 0.0)) / jnp.maximum(weight.sum(), 1e-30)
+    add = lambda x: jnp.sum(jnp.where(mask, x, 0.0))  # noqa: E731
+    return total, {
+        "total": total,
+        "tokens": mask.sum(),
+        "kl_old": add(losses.kl_estimate(logprob, old, "k3")),
+        "clipped": add(losses.clip_active(logprob, old, advantage, config.clip_low, config.clip_high)),
+        "ratio_min": jnp.min(jnp.where(mask, ratio, 1.0)),
+        "ratio_max": jnp.max(jnp.where(mask, ratio, 1.0)),
+        "weight": weight.sum(),
+        "weight_answers": jnp.sum(jnp.where(take(rows.branch) > 0, weight, 0.0)),
+    }
+
+
+def _combine(sums: dict) -> dict:
+    """Metrics of a minibatch from those of its micro-batches."""
+    tokens = jnp.maximum(sums["tokens"].sum(), 1)
+    weight, answers = sums["weight"].sum(), sums["weight_answers"].sum()
+    share = lambda part: jnp.where(weight > 0, part / jnp.maximum(weight, 1e-30), 0.0)  # noqa: E731
     return {
-        "loss/kl_old": mean(losses.kl_estimate(logprob, old, "k3")),
-        "loss/clip_fraction": mean(losses.clip_active(logprob, old, advantage, config.clip_low, config.clip_high)),
-        "loss/ratio_min": jnp.min(jnp.where(mask, ratio, 1.0)),
-        "loss/ratio_max": jnp.max(jnp.where(mask, ratio, 1.0)),
-        "loss/share_answers": answer_share,
-        "loss/share_thinking": jnp.where(weight.sum() > 0, 1.0 - answer_share, 0.0),
+        "loss/total": sums["total"].sum(),
+        "loss/kl_old": sums["kl_old"].sum() / tokens,
+        "loss/clip_fraction": sums["clipped"].sum() / tokens,
+        "loss/ratio_min": sums["ratio_min"].min(),
+        "loss/ratio_max": sums["ratio_max"].max(),
+        "loss/share_thinking": share(weight - answers),
+        "loss/share_answers": share(answers),
     }
 
 
@@ -166,11 +181,9 @@ def train_step(
     model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
 ) -> tuple[TrainState, dict]:
     """One optimizer step on one minibatch of packed rows; the state is donated."""
-    (value, metrics), grads = jax.value_and_grad(lambda params: loss(model, config, params, rows), has_aux=True)(
-        state.params
-    )
+    grads, metrics = _accumulate(lambda params, part: loss(model, config, params, part), config, state.params, rows)
     state, applied = _apply(optimizer, state, grads)
-    return state, {"loss/total": value, **metrics, **applied}
+    return state, _combine(metrics) | applied
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
@@ -178,15 +191,34 @@ def supervised_step(
     model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
 ) -> tuple[TrainState, dict]:
     """One optimizer step of maximum likelihood on the trained tokens: minus the mean log-prob. The state is donated."""
+    tokens = jnp.maximum(rows.loss_mask.sum(), 1)
 
-    def negative_loglik(params):
-        index, logprob, _ = target_logprobs(model, config, params, rows)
-        mask = jnp.take_along_axis(rows.loss_mask, index, axis=-1)
-        return -losses.aggregate(logprob, mask, jnp.maximum(mask.sum(), 1))
+    def negative_loglik(params, part):
+        index, logprob, _ = target_logprobs(model, config, params, part)
+        value = -losses.aggregate(logprob, jnp.take_along_axis(part.loss_mask, index, axis=-1), tokens)
+        return value, {"loss/total": value}
 
-    value, grads = jax.value_and_grad(negative_loglik)(state.params)
+    grads, metrics = _accumulate(negative_loglik, config, state.params, rows)
     state, applied = _apply(optimizer, state, grads)
-    return state, {"loss/total": value, **applied}
+    return state, {"loss/total": metrics["loss/total"].sum(), **applied}
+
+
+def _accumulate(function, config, params, rows):
+    """Sum of the gradients of micro-batches (their sums share one constant) and their metrics, stacked.
+
+    Beside memory, this is for speed: on a CPU the activations of a few rows stay in its cache.
+    """
+    total = rows.tokens.shape[0]
+    micro = config.micro_rows or total
+    if total % micro:
+        raise ValueError(f"micro_rows={micro} does not divide the {total} rows of a minibatch: choose a divisor")
+    parts = jax.tree.map(lambda x: x.reshape(total // micro, micro, *x.shape[1:]), rows)
+
+    def body(grads, part):
+        (_, metrics), grad = jax.value_and_grad(function, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, grads, grad), metrics
+
+    return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), parts)
 
 
 def _apply(optimizer, state, grads):

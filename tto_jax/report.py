@@ -278,7 +278,7 @@ def _colors(runs: Sequence[Run]) -> dict[str, str]:
     return {variant: f"C{i % 10}" for i, variant in enumerate(_by_variant(runs))}
 
 
-def _curves(runs: Sequence[Run]):
+def curves(runs: Sequence[Run]):
     """Accuracy against budget. A variant of one run has its 95% band; of several: the runs thin, their mean thick."""
     figure, (axis,) = _axes(1)
     colors = _colors(runs)
@@ -356,7 +356,7 @@ def write(runs: Sequence[Run], paired: Sequence[dict], out: epath.PathLike) -> N
         "paired": list(paired),
     }
     (out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for name, figure in (("curves.png", _curves(runs)), ("training.png", _training(runs))):
+    for name, figure in (("curves.png", curves(runs)), ("training.png", _training(runs))):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         (out / name).write_bytes(buffer.getvalue())

@@ -12,6 +12,7 @@ import ml_collections
 from tto_jax import tasks
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, Estimator
+from tto_jax.core import token_tree
 from tto_jax.core.losses import released_constant
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.learner import LossConfig, OptimizerConfig
@@ -32,6 +33,7 @@ class CreditConfig:
     answers: str
     answer_weight: str
     length_penalty: float
+    one_token_answers: bool  # how answers are packed, see core.token_tree
 
     def __post_init__(self):
         if self.answers not in ANSWERS:
@@ -76,8 +78,8 @@ class Settings:
 
     @property
     def row_length(self) -> int:
-        """L, tokens of a packed row."""
-        return self.prompt_pad + self.rollout.trace_pad + self.schedule.size * self.rollout.answers * self.answer_pad
+        """Tokens of a packed row that are computed."""
+        return self.loss.num_states
 
     def kv_bytes(self) -> int:
         """Bytes of KV that a rollout holds: prompts, traces, inserted tokens and answers."""
@@ -116,18 +118,24 @@ def build(config: ml_collections.ConfigDict) -> Settings:
         tokenizer=tokenizer,
         model=model,
         rollout=rollout,
-        loss=_loss(config, rollout, schedule.size),
+        loss=_loss(config, rollout, schedule.size, task.max_prompt_tokens),
         optimizer=OptimizerConfig(
             **config.learner.optimizer.to_dict(), decay_steps=config.steps * config.learner.minibatches
         ),
         schedule=schedule,
-        credit=CreditConfig(**config.credit.to_dict() | {"estimator": Estimator(**config.credit.estimator.to_dict())}),
+        credit=CreditConfig(
+            estimator=Estimator(**config.credit.estimator.to_dict()),
+            answers=config.credit.answers,
+            answer_weight=config.credit.answer_weight,
+            length_penalty=config.credit.length_penalty,
+            one_token_answers=rollout.answer_cap == 1,
+        ),
     )
     _check(settings, config)
     return settings
 
 
-def _loss(config, rollout, size):
+def _loss(config, rollout, size, prompt_pad):
     learner = config.learner
     if learner.minibatches < 1 or config.rollout.problems % learner.minibatches:
         choices = tuple(n for n in range(1, config.rollout.problems + 1) if config.rollout.problems % n == 0)
@@ -138,10 +146,24 @@ def _loss(config, rollout, size):
     if learner.normalizer not in NORMALIZERS:
         raise ValueError(f"learner.normalizer={learner.normalizer!r} is unknown: choose one of {NORMALIZERS}")
     rows = config.rollout.problems * rollout.group_size // learner.minibatches
+    if learner.micro_rows < 0 or (learner.micro_rows and rows % learner.micro_rows):
+        choices = tuple(n for n in range(1, rows + 1) if rows % n == 0)
+        raise ValueError(
+            f"learner.micro_rows={learner.micro_rows} does not divide the {rows} rows of a minibatch: choose 0 (all) or one of {choices}"
+        )
     response = rollout.trace_pad + size * rollout.answers * (rollout.forced_pad + rollout.answer_cap)
     constant = rows * learner.tokens_per_row if learner.normalizer == "constant" else released_constant(rows, response)
     return LossConfig(
         num_targets=rollout.trace_pad + size * rollout.answers * rollout.answer_cap,
+        num_states=token_tree.num_states(
+            prompt_pad,
+            rollout.trace_pad,
+            size,
+            rollout.answers,
+            rollout.forced_pad + rollout.answer_cap,
+            rollout.answer_cap == 1,
+        ),
+        micro_rows=learner.micro_rows,
         constant=float(constant),
         temperature=rollout.sample.temperature,
         clip_low=learner.clip_low,

@@ -139,7 +139,7 @@ def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
         )
     earned = credit.assign(correct, by_trace, schedule, config.estimator, config.answers)
     weight = config.answer_weights(schedule, correct.shape[-1])
-    rows = token_tree.pack(prompts, traces, answers, forks, earned, weight)
+    rows = token_tree.pack(prompts, traces, answers, forks, earned, weight, config.one_token_answers)
     return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
 
 

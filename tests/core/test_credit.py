@@ -22,7 +22,7 @@ SHAPES = [
     (1, 7, 2, 5),
     (1, 16, 8, 5),
 ]
-SEEDS = 6
+SEEDS = 5
 NEEDS_GROUP = ("grpo", "rloo", "mrt")
 # One entry: estimator fields, arrays passed beside the scores, mode of the answers.
 CASES = [
@@ -126,7 +126,7 @@ def test_door_equals_oracle(shape):
 def test_eager_equals_oracle():
     """Without jit too: the door itself never compiles."""
     rng = np.random.default_rng(0)
-    batch = oracles.random_batch(rng, 2, 3, 4, 2)
+    batch = oracles.random_batch(rng, 2, 4, 5, 3)  # the shape of test_identities, which compiles the same operations
     schedule = BudgetSchedule.from_weights(batch["weights"])
     for case in (CASES[6], CASES[14]):
         (actual,) = run_all(schedule, batch, [case])
@@ -168,14 +168,14 @@ def test_answers_of_one_fork_are_pooled():
 
 
 @pytest.mark.parametrize("garbage", [99.0, np.nan], ids=str)
-@pytest.mark.parametrize("A", [1, 2])
+@pytest.mark.parametrize("A", [1, 3])
 def test_unscored_values_never_matter(A, garbage):
     """What stands in an unscored column is not read: grading may leave anything there.
 
     Without jit, which rewrites 0 * x as a choice and so hides an x that is not a number.
     """
-    batch = oracles.random_batch(np.random.default_rng(2), 2, 3, 4, A)
-    batch["scored"] = np.random.default_rng(3).random((2, 3, 4)) < 0.5
+    batch = oracles.random_batch(np.random.default_rng(2), 2, 4, 5, A)
+    batch["scored"] = np.random.default_rng(3).random((2, 4, 5)) < 0.5
     other = dict(batch, correct=np.where(batch["scored"][..., None], batch["correct"], np.float32(garbage)))
     other["values"] = np.where(batch["scored"], batch["values"], np.float32(garbage))
     schedule = BudgetSchedule.from_weights(batch["weights"])

@@ -26,7 +26,15 @@ def visible(query: TokenTree, key: TokenTree) -> jax.Array:
     return (key.tree[None, :] == q["tree"]) & (key.position[None, :] <= q["position"]) & (own | trunk)
 
 
-def pack(prompts: Prompts, traces: Traces, answers: Answers, forks: Array, credit: Credit, answer_weight: Array):
+def pack(
+    prompts: Prompts,
+    traces: Traces,
+    answers: Answers,
+    forks: Array,
+    credit: Credit,
+    answer_weight: Array,
+    one_token_answers: bool = False,
+) -> TokenTree:
     """One tree a row.
 
     Args:
@@ -34,60 +42,136 @@ def pack(prompts: Prompts, traces: Traces, answers: Answers, forks: Array, credi
       forks: i32[N,S], tokens of the trace before each cut.
       credit: of [B,G].
       answer_weight: f32[S], what each answer of a column counts: P_j / A (paper, eq. 10) or 1 (released code).
+      one_token_answers: every answer is one sampled token. Then the A answers of a column are targets of one state, the
+        last inserted token: the insertion is stored once a column, the answers follow behind all states (`num_states`).
 
     Returns:
-      TokenTree of rows f32/i32[N, P + C + S*A*E]; old and reference log-probs are the sampler's until they are scored.
+      TokenTree of rows [N, P + C + S*A*E], or [N, P + C + S*(E-1) + S*A] with one-token answers; old and reference
+      log-probs are the sampler's until they are scored.
     """
     rows, size, number, _ = answers.tokens.shape
     chex.assert_shape(forks, (rows, size))
     chex.assert_shape(answer_weight, (size,))
     group = rows // prompts.tokens.shape[0]
-    repeat = lambda x: jnp.repeat(jnp.asarray(x), group, axis=0)  # noqa: E731
     trace_advantage = jnp.where(credit.block_mask, credit.trace_advantage, 0.0).reshape(rows, size)
     answer_advantage = (credit.answer_advantage * answer_weight[:, None]).reshape(rows, size, number)
-    return jax.vmap(_pack_one)(
-        repeat(prompts.tokens), repeat(prompts.length), traces, answers, forks, trace_advantage, answer_advantage
+
+    def one(prompt, prompt_length, trace, answer, forks, trace_advantage, answer_advantage):
+        trunk = _trunk(prompt, prompt_length, trace, forks, trace_advantage)
+        branches = _one_token_branches if one_token_answers else _branches
+        return _concatenate(
+            trunk, *branches(prompt.size, prompt_length, trace.tokens.size, answer, forks, answer_advantage)
+        )
+
+    repeated = [jnp.repeat(jnp.asarray(x), group, axis=0) for x in (prompts.tokens, prompts.length)]
+    return jax.vmap(one)(*repeated, traces, answers, forks, trace_advantage, answer_advantage)
+
+
+def num_states(
+    prompt_pad: int, trace_pad: int, size: int, number: int, answer_pad: int, one_token_answers: bool
+) -> int:
+    """How many leading tokens of a packed row are computed: all, or all but the one-token answers."""
+    branches = size * (answer_pad - 1) if one_token_answers else size * number * answer_pad
+    return prompt_pad + trace_pad + branches
+
+
+def _segment(present, *, tokens, position, branch, fork, source, loss_mask=False, advantage=0.0, logprob=0.0):
+    """A flat piece of a row; scalars are broadcast to the shape of `present`."""
+    flat = lambda x, dtype: jnp.broadcast_to(x, present.shape).astype(dtype).ravel()  # noqa: E731
+    return TokenTree(
+        tokens=flat(tokens, jnp.int32),
+        position=flat(position, jnp.int32),
+        tree=flat(jnp.where(present, 0, -1), jnp.int32),
+        branch=flat(branch, jnp.int32),
+        fork=flat(fork, jnp.int32),
+        source=flat(source, jnp.int32),
+        loss_mask=flat(loss_mask, bool),
+        advantage=flat(advantage, jnp.float32),
+        sampler_logprob=flat(logprob, jnp.float32),
+        old_logprob=flat(logprob, jnp.float32),
+        ref_logprob=flat(logprob, jnp.float32),
     )
 
 
-def _pack_one(prompt, prompt_length, trace, answer, forks, trace_advantage, answer_advantage):
-    """One row: prompt i32[P], trace [C], answer [S,A,E], forks i32[S], advantages f32[S] and f32[S,A] -> TokenTree [L]."""
+def _concatenate(*segments):
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *segments)
+
+
+def _trunk(prompt, prompt_length, trace, forks, advantage):
+    """Prompt i32[P] and trace [C]."""
     (pad_p,), (pad_c,) = prompt.shape, trace.tokens.shape
+    p, c = jnp.arange(pad_p), jnp.arange(pad_c)
+    return _concatenate(
+        _segment(p < prompt_length, tokens=prompt, position=p, branch=0, fork=0, source=jnp.maximum(p - 1, 0)),
+        _segment(
+            c < trace.length,
+            tokens=trace.tokens,
+            position=prompt_length + c,
+            branch=0,
+            fork=0,
+            source=jnp.where(c > 0, pad_p + c - 1, prompt_length - 1),
+            loss_mask=c < trace.length,
+            advantage=budgets.block_to_tokens(advantage, forks, pad_c),
+            logprob=trace.logprob,
+        ),
+    )
+
+
+def _before_fork(pad_p, prompt_length, fork):
+    """Index in the row of the trunk token before the fork: the prompt's last where the fork is at the trace's start."""
+    return jnp.where(fork > 0, pad_p + fork - 1, prompt_length - 1)
+
+
+def _branches(pad_p, prompt_length, pad_c, answer, forks, advantage):
+    """S*A branches of E tokens: inserted, then sampled."""
     size, number, pad_e = answer.tokens.shape
-    p, c, e = jnp.arange(pad_p), jnp.arange(pad_c), jnp.arange(pad_e)
-    shape = (size, number, pad_e)
-    fork = jnp.broadcast_to(forks[:, None, None], shape)
-    begin = pad_p + pad_c + jnp.arange(size * number).reshape(size, number, 1) * pad_e
-    # The token before the fork, as an index in the row: the prompt's last where the fork is at the trace's start.
-    before_fork = jnp.where(fork > 0, pad_p + fork - 1, prompt_length - 1)
+    e, fork = jnp.arange(pad_e), forks[:, None, None]
+    index = jnp.arange(size * number).reshape(size, number, 1)
     in_answer = e < answer.length[..., None]
     sampled = in_answer & (e >= answer.forced[:, None, None])
-    branch = 1 + jnp.broadcast_to(jnp.arange(size * number).reshape(size, number, 1), shape)
-    join = lambda *parts: jnp.concatenate([jnp.ravel(part) for part in parts])  # noqa: E731
-    zero_p, zero_c = jnp.zeros(pad_p, jnp.int32), jnp.zeros(pad_c, jnp.int32)
-    present = join(p < prompt_length, c < trace.length, in_answer)
-    logprob = join(jnp.zeros(pad_p), trace.logprob, jnp.where(sampled, answer.logprob, 0.0))
-    return TokenTree(
-        tokens=join(prompt, trace.tokens, answer.tokens),
-        position=join(p, prompt_length + c, prompt_length + fork + e),
-        tree=jnp.where(present, 0, -1),
-        branch=join(zero_p, zero_c, branch),
-        fork=join(zero_p, zero_c, prompt_length + fork),
-        source=join(
-            jnp.maximum(p - 1, 0),
-            jnp.where(c > 0, pad_p + c - 1, prompt_length - 1),
-            jnp.where(e > 0, begin + e - 1, before_fork),
-        ),
-        loss_mask=join(jnp.zeros(pad_p, bool), c < trace.length, sampled),
-        advantage=join(
-            jnp.zeros(pad_p),
-            budgets.block_to_tokens(trace_advantage, forks, pad_c),
-            jnp.where(sampled, answer_advantage[..., None], 0.0),
-        ),
-        sampler_logprob=logprob,
-        old_logprob=logprob,
-        ref_logprob=logprob,
+    before = pad_p + pad_c + index * pad_e + e - 1
+    segment = _segment(
+        in_answer,
+        tokens=answer.tokens,
+        position=prompt_length + fork + e,
+        branch=1 + index,
+        fork=prompt_length + fork,
+        source=jnp.where(e > 0, before, _before_fork(pad_p, prompt_length, fork)),
+        loss_mask=sampled,
+        advantage=jnp.where(sampled, advantage[..., None], 0.0),
+        logprob=jnp.where(sampled, answer.logprob, 0.0),
     )
+    return (segment,)
+
+
+def _one_token_branches(pad_p, prompt_length, pad_c, answer, forks, advantage):
+    """S insertions of E - 1 tokens; then the S*A sampled tokens, each predicted by its column's last inserted token."""
+    size, number, pad_e = answer.tokens.shape
+    e, fork, forced = jnp.arange(pad_e - 1), forks[:, None], answer.forced[:, None]
+    column = jnp.arange(size)[:, None]
+    begin = pad_p + pad_c + column * (pad_e - 1)
+    before_fork = _before_fork(pad_p, prompt_length, fork)
+    inserted = _segment(
+        e < forced,
+        tokens=answer.tokens[:, 0, :-1],
+        position=prompt_length + fork + e,
+        branch=1 + column,
+        fork=prompt_length + fork,
+        source=jnp.where(e > 0, begin + e - 1, before_fork),
+    )
+    at_forced = lambda x: jnp.take_along_axis(x, forced[..., None], axis=-1)[..., 0]  # noqa: E731
+    targets = _segment(
+        answer.length > forced,
+        tokens=at_forced(answer.tokens),
+        position=prompt_length + fork + forced,
+        branch=1 + size + jnp.arange(size * number).reshape(size, number),
+        fork=prompt_length + fork,
+        source=jnp.where(forced > 0, begin + forced - 1, before_fork),
+        loss_mask=answer.length > forced,
+        advantage=advantage,
+        logprob=at_forced(answer.logprob),
+    )
+    return inserted, targets
 
 
 def join_trees(tree: TokenTree, trees_per_row: int) -> TokenTree:
