@@ -17,7 +17,7 @@ def get_config(variant: str = "brpo") -> ConfigDict:
     config.steps = 120
     config.learner.tokens_per_row = 12
     config.learner.optimizer.learning_rate = 5e-4
-    config.warm_start.steps = 1000
+    config.warm_start.steps = 2000
     config.evaluation.budgets = (3, 6, 9, 12, 15, 18, 21, 24)
     if "fast" in variant.split(","):
         config.steps = 40

@@ -125,10 +125,15 @@ def score_logprobs(
     model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
 ) -> tuple[jax.Array, jax.Array]:
     """The trainer's log-prob and entropy of every trained token, f32[N,L]; 0 elsewhere."""
-    index, logprob, entropy = target_logprobs(model, config, params, rows)
-    row = jnp.arange(index.shape[0])[:, None]
-    scatter = lambda x: jnp.where(rows.loss_mask, jnp.zeros(rows.tokens.shape).at[row, index].set(x), 0.0)  # noqa: E731
-    return scatter(logprob), scatter(entropy)
+
+    def score(part):
+        index, logprob, entropy = target_logprobs(model, config, params, part)
+        row = jnp.arange(index.shape[0])[:, None]
+        scatter = lambda x: jnp.where(part.loss_mask, jnp.zeros(part.tokens.shape).at[row, index].set(x), 0.0)  # noqa: E731
+        return scatter(logprob), scatter(entropy)
+
+    scored = jax.lax.map(score, _micro_batches(config, rows))
+    return jax.tree.map(lambda x: x.reshape(rows.tokens.shape), scored)
 
 
 def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree) -> tuple[jax.Array, dict]:
@@ -203,22 +208,25 @@ def supervised_step(
     return state, {"loss/total": metrics["loss/total"].sum(), **applied}
 
 
+def _micro_batches(config, rows):
+    """[N, L] -> [N / micro_rows, micro_rows, L]."""
+    total = rows.tokens.shape[0]
+    micro = config.micro_rows or total
+    if total % micro:
+        raise ValueError(f"micro_rows={micro} does not divide the {total} rows: choose a divisor, or 0 for all at once")
+    return jax.tree.map(lambda x: x.reshape(total // micro, micro, *x.shape[1:]), rows)
+
+
 def _accumulate(function, config, params, rows):
     """Sum of the gradients of micro-batches (their sums share one constant) and their metrics, stacked.
 
     Beside memory, this is for speed: on a CPU the activations of a few rows stay in its cache.
     """
-    total = rows.tokens.shape[0]
-    micro = config.micro_rows or total
-    if total % micro:
-        raise ValueError(f"micro_rows={micro} does not divide the {total} rows of a minibatch: choose a divisor")
-    parts = jax.tree.map(lambda x: x.reshape(total // micro, micro, *x.shape[1:]), rows)
-
     def body(grads, part):
         (_, metrics), grad = jax.value_and_grad(function, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, grads, grad), metrics
 
-    return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), parts)
+    return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), _micro_batches(config, rows))
 
 
 def _apply(optimizer, state, grads):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from tto_jax import tasks
+from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, Estimator
-from tto_jax.core import token_tree
 from tto_jax.core.losses import released_constant
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.learner import LossConfig, OptimizerConfig

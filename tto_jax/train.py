@@ -22,6 +22,7 @@ from tto_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/peak.py:brpo.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics, samples.")
+_WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Stop after the warm start.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the resolved configuration, then stop.")
 
 RESUMABLE = ("steps", "evaluation", "checkpoint", "log", "warm_start.cache")  # may change when a run is resumed
@@ -49,6 +50,8 @@ def train(config, plan: Settings, workdir: epath.Path) -> None:
 
     # The policy: warm start -> state -> whatever the last checkpoint holds.
     initial = warm_start.get(config, plan, workdir)
+    if _WARM_START_ONLY.value:
+        return
     reference = initial if plan.loss.kl else None
     state = learner.init_state(jax.tree.map(jnp.copy, initial), plan.optimizer)
     source = data.ProblemSource(plan.task, "train", config.data.problems)

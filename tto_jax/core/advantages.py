@@ -41,6 +41,7 @@ def group_mean(values: Array, leave_one_out: bool = False, mask: Array | None = 
     """
     chex.assert_rank(values, 2)
     count = jnp.ones_like(values) if mask is None else mask.astype(values.dtype)
+    values = jnp.where(count > 0, values, 0.0)  # whoever does not count may hold anything, NaN included
     own = count if leave_one_out else jnp.zeros_like(count)
     number = count.sum(axis=0, keepdims=True) - own
     total = (values * count).sum(axis=0, keepdims=True) - values * own
@@ -71,10 +72,14 @@ def regression_baseline(prefix: Array, group: Array, coef: Array) -> jax.Array:
 def grpo(outcome: Array, leave_one_out: bool = False, std: bool = False) -> jax.Array:
     """Outcome minus the mean of the group (Dr.GRPO), of the others (RLOO), over the sample deviation (GRPO). f32[G]."""
     chex.assert_rank(outcome, 1)
+    outcome = outcome - outcome[:1]  # equal outcomes give exact zeros, which a deviation of rounding errors would blow up
     advantage = outcome - group_mean(outcome[:, None], leave_one_out)[:, 0]
-    if std:
-        advantage = advantage / (jnp.std(outcome, ddof=1) + STD_EPSILON)
-    return advantage
+    if not std:
+        return advantage
+    variance = jnp.var(outcome, ddof=1)
+    # The inner where keeps the slope of the root at 0 out of the gradient.
+    deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+    return advantage / (deviation + STD_EPSILON)
 
 
 def same_fork(forks: Array) -> jax.Array:

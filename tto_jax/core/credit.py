@@ -105,7 +105,9 @@ def assign(
 
 def _trace_advantage(values, forks, scored, initial, schedule, estimator, coef):
     """One problem: values f32[G,S], forks i32[G,S], scored bool[G,S], initial f32[] -> f32[G,S]."""
-    pooled = _carry(advantages.pool(values, forks, scored), scored, initial)
+    # J belongs to the fork: one scored column gives it to all columns of the fork.
+    known = jnp.any(advantages.same_fork(forks) & scored[:, None, :], axis=-1)
+    pooled = _carry(advantages.pool(values, forks, scored), known, initial)
     values = _carry(values, scored, initial)
     kind, leave_one_out = estimator.kind, estimator.leave_one_out
     if kind in GROUP_ONLY:

@@ -93,6 +93,10 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=config.dtype, embedding_init=embed_init, rngs=rngs
         )
+        if config.learned_positions:
+            self.position_embed = nnx.Embed(
+                config.max_position, config.hidden_size, dtype=config.dtype, embedding_init=embed_init, rngs=rngs
+            )
         make_layers = nnx.vmap(functools.partial(Layer, config), in_axes=0, out_axes=0)
         self.layers = make_layers(rngs.fork(split=config.num_layers))
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
@@ -117,7 +121,10 @@ class Decoder(nnx.Module):
 
         body = _remat(layer_step, self.config.remat)
         indices = jnp.arange(self.config.num_layers)
-        (x, state), _ = jax.lax.scan(body, (self.embed(tokens), state), (indices, stacked))
+        x = self.embed(tokens)
+        if self.config.learned_positions:
+            x = x + self.position_embed(position)
+        (x, state), _ = jax.lax.scan(body, (x, state), (indices, stacked))
         return self.norm(x), state
 
     def head(self) -> Array:

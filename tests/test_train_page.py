@@ -1,0 +1,403 @@
+"""The training page at its smallest: what it writes, that it resumes bitwise, that it compiles once."""
+
+import ast
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from etils import epath
+
+from configs import chain, common, peak
+from tto_jax import checkpoint, learner, metrics, report, settings, train, warm_start
+from tto_jax.models import decoder
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 6
+# 8 problems, 4 a step: an epoch is 2 steps.
+SMALL = {
+    "task.num_values": 3,
+    "data.problems": 8,
+    "model.hidden_size": 16,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 8,
+    "model.mlp_size": 32,
+    "warm_start.steps": 5,
+    "warm_start.batch_size": 8,
+    "warm_start.optimizer.warmup_steps": 1,
+    "budgets.tokens": (3, 6),
+    "rollout.problems": 4,
+    "rollout.group_size": 4,
+    "rollout.answers": 2,
+    "learner.micro_rows": 4,
+    "steps": STEPS,
+    "evaluation.every": 2,
+    "evaluation.problems": 16,
+    "evaluation.final_problems": 16,
+    "evaluation.budgets": (3, 6, 9),
+    "evaluation.answers": 2,
+    "checkpoint.every": 2,
+    "log.samples_every": 2,
+    "log.samples": 2,
+}
+TIMES = re.compile(r"^seconds(/|$)")
+
+
+def config_of(cache, **changes):
+    """peak:brpo with SMALL and `changes` (double underscores for dots)."""
+    config = peak.get_config("brpo")
+    given = SMALL | {"warm_start.cache": str(cache)}
+    config.update_from_flattened_dict(given | {name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def run(workdir, **changes):
+    flags.FLAGS.mark_as_parsed()  # the page's own flags at their defaults
+    config = config_of(workdir.parent, **changes)
+    train.train(config, settings.build(config), epath.Path(workdir))
+    return workdir
+
+
+class Compilations:
+    """Counts what the backend compiles, and remembers the count at every row that is written."""
+
+    def __init__(self, patch):
+        self.count, self.at, self.names = 0, [], []
+        write = metrics.MetricsWriter.write
+
+        def listen(event, _seconds, **_):
+            self.count += event == "/jax/core/compile/backend_compile_duration"
+
+        def count_and_write(writer, step, row):
+            self.at.append((step, self.count))
+            write(writer, step, row)
+
+        patch.setattr(metrics.MetricsWriter, "write", count_and_write)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        self.stop = lambda: jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Holds the workdirs and beside them the one warm start."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """A run without interruption, and what it compiled: the first to run, so that it meets nothing compiled already."""
+    with pytest.MonkeyPatch.context() as patch:
+        compilations = Compilations(patch)
+        workdir = run(base / "whole")
+        compilations.stop()
+    return workdir, compilations
+
+
+@pytest.fixture(scope="module")
+def rows(whole):
+    """The rows of the training steps."""
+    return [row for row in metrics.read_rows(whole[0]) if "score/anytime" in row]
+
+
+def last_checkpoint(workdir):
+    """State and host record of the last checkpoint, as the run of SMALL would restore it."""
+    plan = settings.build(config_of(workdir.parent))
+    like = jax.eval_shape(lambda: learner.init_state(decoder.init_params(plan.model, 0), plan.optimizer))
+    with checkpoint.Checkpointer(workdir / "checkpoints", keep=2) as saved:
+        step = saved.latest_step()
+        return step, *saved.restore(step, like)
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if not TIMES.match(name)} for row in rows]
+
+
+def assert_same_run(workdir, other):
+    (step, state, host), (other_step, other_state, other_host) = last_checkpoint(workdir), last_checkpoint(other)
+    assert step == other_step == STEPS
+    named, others = (jax.tree_util.tree_leaves_with_path(x) for x in (state, other_state))
+    differ = [jax.tree_util.keystr(p) for (p, a), (_, b) in zip(named, others, strict=True) if not bitwise_equal(a, b)]
+    assert differ == []
+    assert host["cursor"] == other_host["cursor"]
+    assert host["totals"]["tokens"] == other_host["totals"]["tokens"]
+    assert without_times(metrics.read_rows(workdir)) == without_times(metrics.read_rows(other))
+    for name in ("samples.jsonl", "samples.txt"):
+        assert (workdir / name).read_text() == (other / name).read_text()
+
+
+def bitwise_equal(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_every_row_is_there_once(whole):
+    written = [(row["step"], "train" if "score/anytime" in row else "eval") for row in metrics.read_rows(whole[0])]
+    expected = [(0, "eval")]
+    for step in range(1, STEPS + 1):
+        expected += [(step, "train")] + [(step, "eval")] * (step % SMALL["evaluation.every"] == 0)
+    assert written == expected
+
+
+def test_later_steps_compile_nothing(whole):
+    """After the first step (before which stands an evaluation): steps, evaluations, checkpoints, samples."""
+    compilations = whole[1]
+    first = next(count for step, count in compilations.at if step == 1)
+    assert first > 5, "nothing was compiled before the end of the first step: is anything counted?"
+    assert [(step, count - first) for step, count in compilations.at if step > 1 and count > first] == []
+    assert compilations.count == first, "the last checkpoint compiled something"
+
+
+def test_rows_have_what_the_page_promises(rows):
+    budgets, blocks = SMALL["budgets.tokens"], range(len(SMALL["budgets.tokens"]))
+    names = {"step", "tokens", "seconds"}
+    names |= {f"{name}/{b}" for name in ("score", "formatted", "unfinished", "overthinking") for b in budgets}
+    names |= {"score/anytime", "length/mean", "length/correct", "length/wrong", "groups/without_signal"}
+    names |= {f"advantage/{name}/{s}" for name in ("mean", "std") for s in blocks}
+    names |= {f"{name}/{v}/{s}" for name in ("residual", "correlation") for v in ("v1", "v2", "v") for s in blocks}
+    names |= {"logprob_gap/mean", "logprob_gap/max", "entropy/thinking", "entropy/answers"}
+    names |= {f"loss/{name}" for name in ("total", "kl_old", "clip_fraction", "ratio_min", "ratio_max")}
+    names |= {"loss/share_thinking", "loss/share_answers", "update/grad_norm", "update/skipped"}
+    names |= {f"seconds/{phase}" for phase in ("think", "answer", "grade", "credit", "score", "update", "step")}
+    for row in rows:
+        assert names - set(row) == set()
+        phases = sum(value for name, value in row.items() if name.startswith("seconds/") and name != "seconds/step")
+        assert 0 < phases <= row["seconds/step"]
+
+
+def test_numbers_are_possible(rows):
+    tokens, seconds = 0, 0.0
+    entropy = np.log(len(settings.build(config_of(".")).task.vocabulary))
+    for row in rows:
+        fractions = [
+            v for k, v in row.items() if k.startswith(("score/", "formatted/", "unfinished/", "overthinking/"))
+        ]
+        fractions += [row[f"loss/{k}"] for k in ("clip_fraction", "share_thinking", "share_answers")]
+        assert all(0 <= value <= 1 for value in [*fractions, row["groups/without_signal"]])
+        assert row["score/anytime"] == pytest.approx(np.mean([row[f"score/{b}"] for b in SMALL["budgets.tokens"]]))
+        assert row["overthinking/3"] == 0, "nothing comes before the first budget"
+        assert 1 <= row["length/mean"] <= 6
+        assert 0 < row["entropy/thinking"] <= entropy and 0 < row["entropy/answers"] <= entropy
+        assert 0 < row["loss/ratio_min"] <= 1 <= row["loss/ratio_max"]
+        assert row["loss/kl_old"] >= 0 and row["update/skipped"] == 0
+        assert all(-1 <= value <= 1 for k, value in row.items() if k.startswith("correlation/") and value is not None)
+        # 16 traces of up to 6 tokens, 2 budgets x 2 one-token answers each.
+        assert row["length/mean"] * 16 + 64 == pytest.approx(row["tokens"] - tokens)
+        assert row["seconds"] > seconds
+        tokens, seconds = row["tokens"], row["seconds"]
+
+
+def test_sampler_and_trainer_agree(rows):
+    """The packed row, the cached decoding and the loss see the same distribution."""
+    assert max(row["logprob_gap/mean"] for row in rows) <= max(row["logprob_gap/max"] for row in rows) <= 1e-5
+
+
+def test_mixed_scores_teach(whole, rows):
+    mixed = [row for row in rows if row["groups/without_signal"] < 1]
+    assert len(mixed) >= 3, "scores must be mixed for this test to say something"
+    for row in mixed:
+        assert row["advantage/std/0"] > 0
+        assert row["update/grad_norm"] > 1e-6
+        assert row["loss/share_thinking"] + row["loss/share_answers"] == pytest.approx(1, abs=1e-5)
+        assert row["loss/ratio_max"] > row["loss/ratio_min"]
+    config = config_of(whole[0].parent)
+    initial = warm_start.get(config, settings.build(config), epath.Path(whole[0]))
+    _, state, _ = last_checkpoint(whole[0])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), initial, state.params)
+    assert min(jax.tree.leaves(moved)) > 1e-6, "some parameters did not change"
+    assert int(state.step) == 2 * STEPS
+
+
+def test_equal_scores_teach_nothing(base, monkeypatch):
+    """Without differences between answers every advantage is zero, and the parameters stay as they are."""
+    grade = train.grading.grade
+
+    def all_right(*arguments):
+        scores = grade(*arguments)
+        return type(scores)(correct=np.ones_like(scores.correct), formatted=scores.formatted)
+
+    monkeypatch.setattr(train.grading, "grade", all_right)
+    workdir = run(base / "equal", steps=2, evaluation__every=100)
+    config = config_of(base)
+    initial = warm_start.get(config, settings.build(config), epath.Path(workdir))
+    _, state, _ = last_checkpoint(workdir)
+    assert all(jax.tree.leaves(jax.tree.map(bitwise_equal, initial, state.params)))
+    for row in metrics.read_rows(workdir):
+        if "score/anytime" in row:
+            assert row["groups/without_signal"] == 1 and row["score/anytime"] == 1
+            assert row["update/grad_norm"] == 0 and row["advantage/std/0"] == 0
+            assert row["length/wrong"] is None and row["residual/v/0"] is None
+
+
+def test_samples_are_readable(whole):
+    text = (whole[0] / "samples.txt").read_text()
+    samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [2, 2, 4, 4, 6, 6]
+    assert text.count("==== step") == len(samples)
+    for sample in samples:
+        assert re.fullmatch(r"<s> ((HI|lo) \d \S+ ){3}<think>", sample["prompt"])
+        assert sample["prompt"] in text and re.fullmatch(r"\d", sample["reference"])
+        assert len(sample["blocks"]) == 2
+        for block, (begin, end) in zip(sample["blocks"], ((0, 3), (3, 6))):
+            first, last = (int(x) for x in block["tokens"].split("-"))
+            assert (first, last) == (begin, end) or last < end, "cut at the budget, or the trace ended before it"
+            assert len(block["text"].split()) == last - first
+            assert (block["advantage"] is None) == (first == last)
+            assert len(block["answers"]) == len(block["scores"]) == 2
+            for answer, score in zip(block["answers"], block["scores"]):
+                assert score == 0 or answer == sample["reference"]
+
+
+# ---------------------------------------------------------------- stop and resume
+
+
+@pytest.mark.parametrize("stop", [4, 3, 1], ids=["at_an_epoch's_end", "inside_an_epoch", "after_one_step"])
+def test_resume_is_bitwise(whole, base, stop):
+    workdir = base / f"stopped_{stop}"
+    run(workdir, steps=stop)
+    assert metrics.read_rows(workdir)[-1]["step"] == stop
+    run(workdir)
+    assert_same_run(workdir, whole[0])
+
+
+def test_a_finished_run_is_left_alone(whole):
+    before = metrics.read_rows(whole[0])
+    run(whole[0])
+    assert metrics.read_rows(whole[0]) == before
+
+
+@pytest.mark.parametrize("stop", [2, 5], ids=["an_epoch's_end", "inside_an_epoch"])
+def test_an_exception_loses_nothing(whole, base, monkeypatch, stop):
+    """The process dies between two checkpoints: the rows since the last one are dropped and written again."""
+    workdir = base / f"raised_{stop}"
+    write = metrics.MetricsWriter.write
+
+    def write_and_raise(writer, step, row):
+        write(writer, step, row)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(metrics.MetricsWriter, "write", write_and_raise)
+        run(workdir)
+    run(workdir)
+    assert_same_run(workdir, whole[0])
+
+
+KILLED = """
+import os, signal, sys
+from absl import app
+from tto_jax import train
+write = train.MetricsWriter.write
+def write_and_die(writer, step, row):
+    write(writer, step, row)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.MetricsWriter.write = write_and_die
+app.run(train.main)
+"""
+
+
+def test_resume_after_sigkill(whole, base):
+    """The page as a process of its own, its options as flags, killed while its last checkpoint may still be written."""
+    workdir = base / "killed"
+    options = [f"--config.{name}={value}" for name, value in (SMALL | {"warm_start.cache": str(base)}).items()]
+    command = [sys.executable, "-c", KILLED, "--config=configs/peak.py:brpo", f"--workdir={workdir}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert metrics.read_rows(workdir)[-1]["step"] == 5
+    run(workdir)
+    assert_same_run(workdir, whole[0])
+
+
+# ---------------------------------------------------------------- the pages as processes
+
+
+def page(name, *arguments, **options):
+    command = [sys.executable, "-m", f"tto_jax.{name}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_evaluate_then_report(whole, base, tmp_path):
+    workdir = whole[0]
+    done = page("evaluate", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    done = page("evaluate", f"--workdir={workdir}", "--warm_start", f"--out={tmp_path / 'warm'}", "--seed=0")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((workdir / "evaluation" / "results.json").read_text())
+    assert results["step"] == STEPS and results["budgets"] == [3, 6, 9] and results["problems"] == 16
+    assert results["anytime"] == pytest.approx(np.mean(results["accuracy"]))
+    assert results["tokens"] == metrics.read_rows(workdir)[-1]["tokens"]
+    scores = np.load(workdir / "evaluation" / "scores.npz")
+    assert scores["correct"].shape == (16, 1, 3, 2) and len(set(scores["id"].tolist())) == 16
+    # The page scores what the run's own evaluation scored: the same problems, keys and parameters.
+    assert results["accuracy"] == pytest.approx(metrics.read_rows(workdir)[-1]["eval/accuracy"])
+    warm = json.loads((tmp_path / "warm" / "evaluation" / "results.json").read_text())
+    assert warm["step"] == 0 and warm["variant"] == "warm_start" and warm["tokens"] == 0
+    assert warm["accuracy"] == pytest.approx(metrics.read_rows(workdir)[0]["eval/accuracy"])
+
+
+def test_report(whole, base, tmp_path, capsys):
+    if not (whole[0] / "evaluation" / "results.json").exists():
+        pytest.skip("test_evaluate_then_report did not run")
+    report.main([str(whole[0]), f"--out={tmp_path}"])
+    table = capsys.readouterr().out
+    assert re.search(r"run +@3 +@6 +@9 +anytime", table) and re.search(r"^whole +\d", table, re.MULTILINE)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "curves.png", "training.png"}
+    for name in ("curves.png", "training.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "results.json").read_text())["runs"]["whole"]["variant"] == "brpo"
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    before = sorted(ROOT.iterdir())
+    workdir = tmp_path / "run"
+    done = page("train", f"--config={ROOT}/configs/peak.py:grpo,fast", f"--workdir={workdir}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    for words in ("parameters", "budgets", "[24] tokens", "bytes of KV cache", "LossConfig", "learning_rate: 0.001"):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == [] and sorted(ROOT.iterdir()) == before
+
+
+# ---------------------------------------------------------------- the experiments
+
+
+VARIANTS = [
+    (module, ",".join(words))
+    for module, modifiers in ((peak, ("fast",)), (chain, common.MODIFIERS))
+    for name in common.ALGORITHMS
+    for n in range(len(modifiers) + 1)
+    for words in ((name, *chosen) for chosen in itertools.combinations(modifiers, n))
+] + [(peak, "fast"), (chain, "fast"), (chain, "two_digits,fast"), (peak, "brpo"), (chain, "fast,grpo")]
+
+
+@pytest.mark.parametrize(("module", "variant"), VARIANTS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_variant_builds(module, variant):
+    config = module.get_config(variant)
+    plan = settings.build(config)
+    assert config.is_locked and config.variant == variant
+    budgets = config.budgets.tokens
+    assert budgets == tuple(sorted(budgets)) and budgets[-1] == plan.rollout.trace_pad == config.evaluation.budgets[-1]
+    assert (len(budgets) == 1) == variant.startswith(("grpo", "fast,grpo")) & ("grpo_answers" not in variant)
+    assert plan.task.max_trace_tokens == budgets[-1]
+    assert plan.rollout.answer_cap == (3 if "two_digits" in variant else 1)
+    assert plan.credit.one_token_answers == ("two_digits" not in variant)
+    assert train.describe(plan).count("\n") == 6
+
+
+def test_headers_name_every_variant():
+    """A reader finds the choices in the experiment's file."""
+    named = ast.get_docstring(ast.parse(Path(peak.__file__).read_text()))
+    assert [name for name in [*common.ALGORITHMS, "fast"] if not re.search(rf"\b{name}\b", named)] == []
+    assert [w for w in common.MODIFIERS if not re.search(rf"\b{w}\b", named + Path(chain.__file__).read_text())] == []
