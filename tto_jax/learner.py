@@ -222,6 +222,7 @@ def _accumulate(function, config, params, rows):
 
     Beside memory, this is for speed: on a CPU the activations of a few rows stay in its cache.
     """
+
     def body(grads, part):
         (_, metrics), grad = jax.value_and_grad(function, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, grads, grad), metrics

@@ -91,7 +91,14 @@ def test_the_rule_by_hand():
     for q in range(L):
         np.testing.assert_array_equal(mask[q], [sees(rows, 0, q, k) for k in range(L)])
     # trunk 0..4, padding 5 6, branch at 2: 7 8, branch at 2: 9 10 11, padding 12; trunk 13..16, branch at 4, branch at 1
-    seen_by = {0: [0], 4: [0, 1, 2, 3, 4], 8: [0, 1, 7, 8], 11: [0, 1, 9, 10, 11], 13: [13], 18: [13, 14, 15, 16, 17, 18]}
+    seen_by = {
+        0: [0],
+        4: [0, 1, 2, 3, 4],
+        8: [0, 1, 7, 8],
+        11: [0, 1, 9, 10, 11],
+        13: [13],
+        18: [13, 14, 15, 16, 17, 18],
+    }
     seen_by |= {19: [13, 19], 21: [13, 19, 20, 21]}
     for q, keys in seen_by.items():
         assert np.flatnonzero(mask[q]).tolist() == keys, q

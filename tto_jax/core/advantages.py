@@ -72,7 +72,9 @@ def regression_baseline(prefix: Array, group: Array, coef: Array) -> jax.Array:
 def grpo(outcome: Array, leave_one_out: bool = False, std: bool = False) -> jax.Array:
     """Outcome minus the mean of the group (Dr.GRPO), of the others (RLOO), over the sample deviation (GRPO). f32[G]."""
     chex.assert_rank(outcome, 1)
-    outcome = outcome - outcome[:1]  # equal outcomes give exact zeros, which a deviation of rounding errors would blow up
+    outcome = (
+        outcome - outcome[:1]
+    )  # equal outcomes give exact zeros, which a deviation of rounding errors would blow up
     advantage = outcome - group_mean(outcome[:, None], leave_one_out)[:, 0]
     if not std:
         return advantage

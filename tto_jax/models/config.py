@@ -26,7 +26,9 @@ class ModelConfig:
     attention_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True
-    learned_positions: bool = False  # beside the rotary ones, as very small models need them to find a place in a prompt
+    learned_positions: bool = (
+        False  # beside the rotary ones, as very small models need them to find a place in a prompt
+    )
     dtype: str = "float32"
     remat: str = "none"  # what the backward recomputes: nothing, all but matrix products, whole layers
 

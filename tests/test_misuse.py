@@ -1,0 +1,484 @@
+"""What users can get wrong on the pages and in the settings, and what they are told, before any work.
+
+The table below is also `tests/misuse_table.md`; `python tests/test_misuse.py` writes it anew.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = Path(__file__).with_name("misuse_table.md")
+UNKNOWN = "unknown: choose one of"
+
+
+class Refused(Exception):
+    """A page's process, or a page with argparse, ended with this message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Misuse:
+    """One row: what is wrong, how it is typed, and what the message must hold: the value, the rule, the choices."""
+
+    title: str
+    typed: str
+    said: tuple[str, ...]
+    run: Callable[[Path], None]  # of an empty folder
+    prepare: Callable[[Path], None] = lambda folder: None
+    todo: str = ""  # why it is not refused (well) yet
+
+
+def parsed(experiment: str, *options: str):
+    """The configuration as the page reads it, `experiment` being `peak.py:brpo,fast` and the like."""
+    argv = ["train", f"--config={ROOT}/configs/{experiment}", *options]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+    return holder.value
+
+
+def build(config) -> None:
+    from tto_jax import settings
+
+    settings.build(config)
+
+
+def option(title, options, *said, experiment="peak.py:brpo,fast", todo=""):
+    """Options of the training page."""
+    typed = [f"--config.{x}" for x in options.split()]
+    shown = " ".join(([] if experiment == "peak.py:brpo,fast" else [f"--config=configs/{experiment}"]) + typed)
+    return Misuse(title, shown, said, lambda folder: build(parsed(experiment, *typed)), todo=todo)
+
+
+def written(title, typed, edit, *said):
+    """An experiment's file of one's own: peak.py with `edit`."""
+
+    def run(folder):
+        config = parsed("peak.py:brpo,fast")
+        with config.unlocked(), config.ignore_type():
+            edit(config)
+        build(config)
+
+    return Misuse(title, typed, said, run)
+
+
+def process(title, arguments, *said, prepare=lambda folder: None, todo=""):
+    """A page as a process; FOLDER stands for a folder of its own."""
+
+    def run(folder):
+        words = [word.replace("FOLDER", str(folder)) for word in arguments.split()]
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise Refused(done.stdout + done.stderr)
+
+    return Misuse(title, f"python -m {arguments}", said, run, prepare, todo)
+
+
+def in_process(title, module, arguments, *said, prepare=lambda folder: None):
+    """A page that reads its options by argparse."""
+
+    def run(folder):
+        import importlib
+
+        text = io.StringIO()
+        page = importlib.import_module(module)
+        try:
+            with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+                page.main([word.replace("FOLDER", str(folder)) for word in arguments.split()])
+        except SystemExit as error:
+            raise Refused(text.getvalue()) from error
+
+    return Misuse(title, f"python -m {module} {arguments}", said, run, prepare)
+
+
+def claim(folder: Path) -> None:
+    """A run that has begun and holds no checkpoint."""
+    from tto_jax import checkpoint
+
+    checkpoint.claim_workdir(folder / "run", parsed("peak.py:brpo,fast").to_dict())
+
+
+def resume_with(*options):
+    """The training page on the run of `claim`, up to where work would begin."""
+
+    def run(folder):
+        from tto_jax import settings, train
+
+        def work(*_):
+            raise AssertionError("work began")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.warm_start, "get", work)
+            flags.FLAGS.mark_as_parsed()
+            config = parsed(*options)
+            train.train(config, settings.build(config), epath.Path(folder / "run"))
+
+    return run
+
+
+NOT_CHECKED = "settings.build does not look at it"
+MISUSES = (
+    # The command line.
+    process(
+        "an option that does not exist",
+        "tto_jax.train --config=configs/peak.py --workdir=FOLDER/run --config.rollout.grup_size=4",
+        *("grup_size", 'Did you mean "group_size"'),
+    ),
+    option("an option of another task", "task.num_value=3", "num_value", 'Did you mean "num_values"'),
+    option("a number that is none", "rollout.group_size=four", "--config.rollout.group_size=four", "invalid literal"),
+    option("a fraction for a count", "steps=1.5", "--config.steps=1.5", "invalid literal for int"),
+    option("a variant that does not exist", "", "'ppo'", "choose one of", "'brpo_linear'", experiment="peak.py:ppo"),
+    option("two algorithms at once", "", "'brpo,grpo'", "choose one of", "two_digits", experiment="chain.py:brpo,grpo"),
+    option("a modifier that does not exist", "", "'brpo,slow'", "('fast', ", experiment="peak.py:brpo,slow"),
+    option("an experiment that does not exist", "", "chess.py", "No such file", experiment="chess.py"),
+    process("no folder for the run", "tto_jax.train --config=configs/peak.py", "--workdir is missing", "--dry_run"),
+    # Sizes of a run.
+    option("no steps", "steps=0", "steps=0", "at least 1"),
+    option("a negative seed", "seed=-1", "seed=-1", "[0, 2**32)"),
+    option("no training problems", "data.problems=0", "data.problems=0", "at least 1", todo=NOT_CHECKED),
+    option(
+        "no problems in a step",
+        "rollout.problems=0",
+        *("rollout.problems=0", "at least 1"),
+        todo="the message is of the loss's constant: _loss runs before _check",
+    ),
+    option("no traces of a problem", "rollout.group_size=0", "rollout.group_size=0", "positive"),
+    option("no answers at a fork", "rollout.answers=0", "rollout.answers=0", "positive"),
+    option("segments of no tokens", "rollout.segment=0", "rollout.segment=0", "positive"),
+    option("greedy training", "rollout.temperature=0", "rollout.temperature=0", "no log-prob", "choose 1.0"),
+    option("a negative temperature", "rollout.temperature=-1", "temperature=-1", "positive", "1.0"),
+    # Budgets.
+    option("budgets that repeat", "budgets.tokens=(6,12,12)", "(6, 12, 12)", "strictly increase"),
+    option("budgets that decrease", "budgets.tokens=(24,12)", "(24, 12)", "strictly increase"),
+    option("a budget of no tokens", "budgets.tokens=(0,12)", "(0, 12)", "positive"),
+    option("no budgets", "budgets.tokens=()", "()", "non-empty"),
+    option("half a token", "budgets.tokens=(6,12.5)", "(6, 12.5)", "integers"),
+    option(
+        "a budget beyond the context",
+        "budgets.tokens=(6,12,200)",
+        *("budgets.tokens=(6, 12, 200)", "prompt 26", "max_position=", "at most"),
+    ),
+    option("a prior that does not exist", "budgets.prior=quadratic", "prior='quadratic'", UNKNOWN, "'linear'"),
+    written(
+        "a weight too few in the prior",
+        "config.budgets.prior = (1, 2, 1)",
+        lambda config: config.budgets.update(prior=(1, 2, 1)),
+        *("prior=(1, 2, 1)", "(3,)", "(4,)", "one weight a budget"),
+    ),
+    written(
+        "a negative weight in the prior",
+        "config.budgets.prior = (1, -1, 1, 1)",
+        lambda config: config.budgets.update(prior=(1, -1, 1, 1)),
+        *("-1", "non-negative"),
+    ),
+    # Credit.
+    option("an estimator that does not exist", "credit.estimator.kind=ppo", "'ppo'", UNKNOWN, "'brpo'", "'mrt'"),
+    option("answers credit that does not exist", "credit.answers=all", "credit.answers='all'", UNKNOWN, "'none'"),
+    option(
+        "an answer weight that does not exist",
+        "credit.answer_weight=mean",
+        *("credit.answer_weight='mean'", UNKNOWN, "('code', 'paper')"),
+    ),
+    option(
+        "GRPO without a group",
+        "rollout.group_size=1",
+        *("rollout.group_size=1", "'grpo'", "zero", "2 or more"),
+        experiment="peak.py:grpo,fast",
+    ),
+    option("MRT without a group", "rollout.group_size=1", "'mrt'", "zero", "2 or more", experiment="peak.py:mrt,fast"),
+    option(
+        "progress before any thinking is sampled",
+        "credit.estimator.kind=progress_gae",
+        *("credit.estimator.kind='progress_gae'", "before any thinking", "'mrt'"),
+    ),
+    option("a deviation that BRPO does not have", "credit.estimator.std=True", "std=True", "'brpo'", "'grpo'"),
+    option("a prefix baseline of no weight", "credit.estimator.decay=0", "decay=0.0", "0 < decay <= 1", "0.5"),
+    option("a discount above one", "credit.estimator.gamma=1.5", "gamma=1.5", "[0, 1]"),
+    option("a penalty above one", "credit.length_penalty=2", "credit.length_penalty=2.0", "[0, 1]", "0.2"),
+    # The update.
+    option(
+        "minibatches that do not divide",
+        "learner.minibatches=5",
+        *("learner.minibatches=5", "rollout.problems=32", "(1, 2, 4, 8, 16, 32)"),
+    ),
+    option(
+        "micro-batches that do not divide",
+        "learner.micro_rows=7",
+        *("learner.micro_rows=7", "128 rows", "(1, 2, 4, 8, 16, 32, 64, 128)"),
+    ),
+    option("a negative lower clip", "learner.clip_low=-0.1", "clip_low=-0.1", "0 <= low <= 1"),
+    option("a negative upper clip", "learner.clip_high=-1", "clip_high=-1.0", "high >= 0"),
+    option("a negative KL", "learner.kl=-0.1", "kl=-0.1", "0", todo=NOT_CHECKED),
+    option(
+        "a KL estimator that does not exist",
+        "learner.kl_estimator=k4",
+        "kl_estimator='k4'",
+        UNKNOWN,
+        "('k1', 'k2', 'k3')",
+    ),
+    option(
+        "a normalizer that does not exist",
+        "learner.normalizer=tokens",
+        *("learner.normalizer='tokens'", UNKNOWN, "('constant', 'released')"),
+    ),
+    option(
+        "a loss over nothing",
+        "learner.tokens_per_row=0",
+        *("learner.tokens_per_row=0", "positive"),
+        todo="the message names the product, constant=0.0, not the option",
+    ),
+    option("a negative learning rate", "learner.optimizer.learning_rate=-1", "learning_rate=-1.0", "positive", "1e-6"),
+    option("no gradient at all", "learner.optimizer.grad_clip=0", "grad_clip=0.0", "positive", "1.0"),
+    option(
+        "a schedule that does not exist",
+        "learner.optimizer.schedule=linear",
+        *("schedule='linear'", UNKNOWN, "('constant', 'cosine')"),
+    ),
+    option(
+        "a cosine shorter than its warm-up",
+        "steps=2 learner.optimizer.schedule=cosine",
+        *("decay_steps=4", "longer than warmup_steps=5"),
+    ),
+    option(
+        "a negative warm-up",
+        "learner.optimizer.warmup_steps=-1",
+        *("warmup_steps=-1", "0"),
+        todo="OptimizerConfig does not look at it",
+    ),
+    option("a momentum of one", "learner.optimizer.b1=1", "b1=1.0", "1)", todo="OptimizerConfig does not look at it"),
+    # The model.
+    option("a dtype that does not exist", "model.dtype=float16", "model.dtype='float16'", UNKNOWN, "'bfloat16'"),
+    option("a remat that does not exist", "model.remat=all", "model.remat='all'", UNKNOWN, "'dots'"),
+    option(
+        "KV heads that do not divide",
+        "model.num_kv_heads=3",
+        *("model.num_kv_heads=3", "does not divide num_heads=4", "(1, 2, 4)"),
+    ),
+    option("a head of odd size", "model.head_dim=15", "model.head_dim=15", "even"),
+    option("no layers", "model.num_layers=0", "model.num_layers=0", "positive"),
+    option(
+        "a context shorter than the demonstrations",
+        "model.max_position=40 budgets.tokens=(3,6) evaluation.budgets=(3,6)",
+        *("model.max_position=40", "warm start", "53"),
+        todo="the rollout fits, the warm start's rows of 53 tokens do not",
+    ),
+    # Tasks and the warm start.
+    option("a task that does not exist", "task.name=sudoku", "'sudoku'", "unknown", "peak, chain"),
+    written(
+        "a field that the task does not have",
+        "config.task.num_digits = 3",
+        lambda config: config.task.update(num_digits=3),
+        *("'peak' has no field num_digits", "the choices are num_values"),
+    ),
+    option("more values than letters", "task.num_values=30", "num_values=30", "2..26"),
+    option("no warm start", "warm_start.steps=0", "warm_start.steps=0", "at least 1", todo="it is refused too late"),
+    option(
+        "a warm start shorter than its warm-up",
+        "warm_start.steps=10",
+        *("decay_steps=10", "longer than warmup_steps=50"),
+        todo="it is refused too late: the folder is claimed",
+    ),
+    option(
+        "a schedule of the warm start that does not exist",
+        "warm_start.optimizer.schedule=linear",
+        *("schedule='linear'", UNKNOWN),
+        todo="it is refused too late: the folder is claimed",
+    ),
+    option(
+        "a negative seed of the warm start", "warm_start.seed=-1", "warm_start.seed=-1", "[0, 2**32)", todo=NOT_CHECKED
+    ),
+    # Evaluation, checkpoints, logs.
+    option(
+        "evaluation beyond the task",
+        "evaluation.budgets=(6,100)",
+        *("evaluation.budgets=(6, 100)", "exceeds", "at most 24"),
+    ),
+    option(
+        "evaluation budgets that repeat",
+        "evaluation.budgets=(6,6)",
+        *("evaluation.budgets=(6, 6)", "strictly increase"),
+        todo="the message says tokens=(6, 6), as if the training budgets were meant",
+    ),
+    option("evaluation without answers", "evaluation.answers=0", "evaluation.answers=0", "1", todo=NOT_CHECKED),
+    option(
+        "evaluation at every 0th step",
+        "evaluation.every=0",
+        *("evaluation.every=0", "at least 1"),
+        todo="ZeroDivisionError after the first step",
+    ),
+    option(
+        "a checkpoint at every 0th step",
+        "checkpoint.every=0",
+        *("checkpoint.every=0", "at least 1"),
+        todo="ZeroDivisionError after the first step",
+    ),
+    option(
+        "no checkpoint to keep",
+        "checkpoint.keep=0",
+        *("checkpoint.keep=0", "at least 1"),
+        todo="it is refused too late: after the warm start",
+    ),
+    option(
+        "samples at every 0th step",
+        "log.samples_every=0",
+        *("log.samples_every=0", "at least 1"),
+        todo="ZeroDivisionError after the first step",
+    ),
+    # Folders.
+    Misuse(
+        "another configuration in the run's folder",
+        "--workdir=FOLDER/run --config.learner.clip_high=0.28",
+        (
+            "FOLDER/run",
+            "learner.clip_high: run has 0.2, you gave 0.28",
+            "choose another --workdir",
+            "These may change: steps",
+        ),
+        resume_with("peak.py:brpo,fast", "--config.learner.clip_high=0.28"),
+        claim,
+    ),
+    Misuse(
+        "another algorithm in the run's folder",
+        "--workdir=FOLDER/run --config=configs/peak.py:grpo,fast",
+        ("FOLDER/run", 'run has "brpo,fast", you gave "grpo,fast"', "credit.answers", "choose another --workdir"),
+        resume_with("peak.py:grpo,fast"),
+        claim,
+    ),
+    process(
+        "evaluation of a folder that is no run",
+        "tto_jax.evaluate --workdir=FOLDER/run",
+        *("--workdir=FOLDER/run", "no config.json", "tto_jax.train"),
+    ),
+    process(
+        "evaluation of the warm start into the run",
+        "tto_jax.evaluate --workdir=FOLDER/run --warm_start",
+        "--warm_start needs --out",
+        prepare=claim,
+    ),
+    process(
+        "evaluation before any checkpoint",
+        "tto_jax.evaluate --workdir=FOLDER/run",
+        *("FOLDER/run/checkpoints", "no checkpoint", "train"),
+        prepare=claim,
+        todo="an empty checkpoints folder is made",
+    ),
+    in_process(
+        "a report of a run that was not evaluated",
+        "tto_jax.report",
+        "FOLDER/run --out=FOLDER/report",
+        *("evaluation/results.json is missing", "python -m tto_jax.evaluate --workdir=FOLDER/run"),
+        prepare=claim,
+    ),
+    in_process(
+        "a report of a folder that does not exist",
+        "tto_jax.report",
+        "FOLDER/run --out=FOLDER/report",
+        *("FOLDER/run", "does not exist"),
+    ),
+    in_process("a report of nothing", "tto_jax.report", "--out=FOLDER/report", "at least one RUN"),
+    in_process("a name without a run", "tto_jax.report", "--name=brpo", "'brpo'", "NAME=RUN"),
+    in_process("a benchmark that does not exist", "tto_jax.bench", "speed", "'speed'", "choose from", "credit"),
+    in_process(
+        "a size that the benchmark does not have",
+        "tto_jax.bench",
+        "credit --shape=huge --json=FOLDER/x",
+        *("--shape='huge'", UNKNOWN, "'paper'"),
+    ),
+)
+
+
+def files(folder: Path) -> dict:
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def _param(row):
+    marks = [pytest.mark.xfail(strict=True, reason=row.todo)] if row.todo else []
+    return pytest.param(row, id=row.title.replace(" ", "_"), marks=marks)
+
+
+@pytest.mark.parametrize("row", [_param(row) for row in MISUSES])
+def test_is_refused(row, tmp_path):
+    row.prepare(tmp_path)
+    before = files(tmp_path)
+    kinds = (ValueError, AttributeError, OSError, TypeError, flags.Error, Refused)
+    with pytest.raises(kinds) as error:
+        row.run(tmp_path)
+    message = str(error.value).replace("\\n", "\n").replace(str(tmp_path), "FOLDER")
+    missing = [words for words in row.said if words not in message]
+    assert not missing, f"{missing} not in {message!r}"
+    assert files(tmp_path) == before, "something was written"
+
+
+def test_the_experiment_itself_is_accepted():
+    """Otherwise each row above could pass for the wrong reason."""
+    for experiment in ("peak.py:brpo,fast", "peak.py:grpo,fast", "peak.py:mrt,fast", "chain.py"):
+        build(parsed(experiment))
+
+
+def test_settings_are_checked_before_the_page_works(tmp_path, monkeypatch):
+    """The page builds the settings before it touches the folder: what `settings.build` refuses leaves no file."""
+    from tto_jax import train
+
+    config = parsed("peak.py:brpo,fast", "--config.steps=0")
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("work began"))
+    for name, value in (("_CONFIG", config), ("_WORKDIR", str(tmp_path / "run")), ("_DRY_RUN", False)):
+        monkeypatch.setattr(train, name, type("Flag", (), {"value": value}))
+    with pytest.raises(ValueError, match="steps=0"):
+        train.main(["train"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_titles_differ():
+    titles = [row.title for row in MISUSES]
+    assert len(set(titles)) == len(titles) and len(titles) - sum(bool(row.todo) for row in MISUSES) >= 25
+
+
+def markdown() -> str:
+    """The table: what is refused, and what is not yet."""
+
+    def code(text):
+        text = text.replace("|", "\\|")
+        return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+    def lines(rows, head, last):
+        yield f"| what is wrong | typed | {head} |"
+        yield "|---|---|---|"
+        for row in rows:
+            yield f"| {row.title} | {code(row.typed)} | {last(row)} |"
+
+    done, todo = [row for row in MISUSES if not row.todo], [row for row in MISUSES if row.todo]
+    text = [
+        "# What the pages refuse",
+        "",
+        "Written by `python tests/test_misuse.py` from the table in that file, every row of which is a test: it is refused",
+        "before any work and before any file is written, with these words in the message. Options without a page belong to",
+        "`python -m tto_jax.train --config=configs/peak.py:brpo,fast`; assignments stand in an experiment's file.",
+        "",
+        *lines(done, "the message holds", lambda row: ", ".join(code(words) for words in row.said)),
+    ]
+    if todo:
+        text += ["", "Not refused yet, or not well:", "", *lines(todo, "what happens", lambda row: row.todo)]
+    return "\n".join(text) + "\n"
+
+
+def test_the_table_is_current():
+    assert TABLE.read_text() == markdown(), "run `python tests/test_misuse.py`"
+
+
+def test_the_table_names_no_place_of_this_machine():
+    assert not re.search(rf"{re.escape(str(ROOT))}|/tmp|/home|/root", markdown())
+
+
+if __name__ == "__main__":
+    TABLE.write_text(markdown())
