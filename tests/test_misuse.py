@@ -235,7 +235,7 @@ MISUSES = (
     option(
         "a loss over nothing",
         "learner.tokens_per_row=0",
-        *("learner.tokens_per_row=0", "positive"),
+        *("learner.tokens_per_row=0", "at least 1"),
         todo="the message names the product, constant=0.0, not the option",
     ),
     option("a negative learning rate", "learner.optimizer.learning_rate=-1", "learning_rate=-1.0", "positive", "1e-6"),
@@ -256,7 +256,9 @@ MISUSES = (
         *("warmup_steps=-1", "0"),
         todo="OptimizerConfig does not look at it",
     ),
-    option("a momentum of one", "learner.optimizer.b1=1", "b1=1.0", "1)", todo="OptimizerConfig does not look at it"),
+    option(
+        "a momentum of one", "learner.optimizer.b1=1", "b1=1.0", "[0, 1)", todo="OptimizerConfig does not look at it"
+    ),
     # The model.
     option("a dtype that does not exist", "model.dtype=float16", "model.dtype='float16'", UNKNOWN, "'bfloat16'"),
     option("a remat that does not exist", "model.remat=all", "model.remat='all'", UNKNOWN, "'dots'"),
@@ -461,9 +463,9 @@ def markdown() -> str:
     text = [
         "# What the pages refuse",
         "",
-        "Written by `python tests/test_misuse.py` from the table in that file, every row of which is a test: it is refused",
-        "before any work and before any file is written, with these words in the message. Options without a page belong to",
-        "`python -m tto_jax.train --config=configs/peak.py:brpo,fast`; assignments stand in an experiment's file.",
+        "Written by `python tests/test_misuse.py` from the table in that file. Every row is a test: the misuse is",
+        "refused before any work, no file is written, and the message holds these words. Options without a page belong",
+        "to `python -m tto_jax.train --config=configs/peak.py:brpo,fast`; assignments stand in an experiment's file.",
         "",
         *lines(done, "the message holds", lambda row: ", ".join(code(words) for words in row.said)),
     ]

@@ -1,4 +1,4 @@
-"""The rollout engine on a tiny random model: what it samples, whose log-probs it records, and what its layout may not change."""
+"""The rollout engine on a tiny random model: what it samples, whose log-probs it records, what its layout can't change."""
 
 import dataclasses
 import functools
@@ -132,7 +132,7 @@ def test_answers_stop_after_eos_and_keep_it():
 
 
 def test_what_is_inserted():
-    """A fork that includes `</think>` needs no other: the short elicitation. A cut, or a trace without it, gets the long one."""
+    """A fork that includes `</think>` needs no other: the short elicitation. Any other fork gets the long one."""
     traces, forks, answers = base()
     for n, s in np.ndindex(B * G, S):
         includes_end = traces.ended[n] and traces.length[n] <= BUDGETS[s]
@@ -167,7 +167,7 @@ def test_a_step_a_problem_a_trace_a_column_and_an_answer_have_samples_of_their_o
 
 
 def test_the_numbers_drawn_are_independent():
-    """A model that finds all tokens equally likely says what was drawn: no two draws agree more often than by chance."""
+    """A model that finds all tokens equally likely says what was drawn: two draws agree no more often than by chance."""
     traces, _, answers = run(weights=jax.tree.map(jnp.zeros_like, params()))
     index = answers.forced[..., None, None] + np.arange(CAP)
     drawn = np.take_along_axis(answers.tokens, np.broadcast_to(index, (B * G, S, A, CAP)), axis=-1)

@@ -72,7 +72,7 @@ def update_metrics(updates: list[dict]) -> dict:
 def samples(
     settings: Settings, problems, traces: Traces, forks, answers: Answers, scores: Scores, credit: Credit, count
 ):
-    """The first trace of some problems: the text of every block with its advantage, and what was answered at its end."""
+    """The first trace of some problems: the text of every block with its advantage, and the answers at its end."""
     size, group = forks.shape[-1], settings.rollout.group_size
     decode = settings.tokenizer.decode
     found = []

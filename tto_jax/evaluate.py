@@ -106,9 +106,8 @@ def write(out: epath.Path, config: dict, record: dict, result: evaluation.Evalua
     (folder / "curve.png").write_bytes(picture.getvalue())
     accuracy = " ".join(f"{b}:{a:.3f}" for b, a in zip(record["budgets"], record["accuracy"]))
     low, high = record["anytime_ci95"]
-    print(
-        f"{record['variant']}: {accuracy} anytime {record['anytime']:.3f} [{low:.3f}, {high:.3f}] final {record['final']:.3f}"
-    )
+    area = f"anytime {record['anytime']:.3f} [{low:.3f}, {high:.3f}]"
+    print(f"{record['variant']}: {accuracy} {area} final {record['final']:.3f}")
 
 
 if __name__ == "__main__":

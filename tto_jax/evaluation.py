@@ -75,7 +75,7 @@ _forks = jax.jit(forks_at_budgets)
 
 
 def summarize(result: Evaluation, budgets: tuple[int, ...], seed: int) -> dict:
-    """Accuracy at each budget, anytime and final accuracy with 95% bootstrap intervals over problems, and diagnostics."""
+    """Accuracy at budgets, anytime, final, with 95% bootstrap intervals over problems; and diagnostics."""
     per_problem = result.correct.mean(axis=(1, 3))  # [B,S]
     key = jax.random.key(seed)
     low, high = jax.device_get(anytime.bootstrap_interval(jnp.asarray(per_problem), key))

@@ -45,7 +45,8 @@ class OptimizerConfig:
             raise ValueError(f"schedule={self.schedule!r} is unknown: choose one of {OPTIMIZER_SCHEDULES}")
         if not (self.learning_rate > 0 and self.grad_clip > 0):
             raise ValueError(
-                f"learning_rate={self.learning_rate}, grad_clip={self.grad_clip}: both must be positive, such as 1e-6 and 1.0"
+                f"learning_rate={self.learning_rate}, grad_clip={self.grad_clip}: both must be positive, "
+                "such as 1e-6 and 1.0"
             )
         if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
             raise ValueError(

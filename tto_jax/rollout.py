@@ -1,8 +1,8 @@
 """The rollout engine: thinking traces, then answers forced at forks of the cached traces.
 
 Everything jitted is pure in (params, prompts, key). Shapes are static; the host loop runs segments and stops early.
-Random keys are folded from (step, problem id, trace[, column, answer], position): the tokens that come out do not depend
-on the batch's layout (up to floating-point ties).
+Random keys are folded from (step, problem id, trace[, column, answer], position): the tokens that come out do not
+depend on the batch's layout (up to floating-point ties).
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import ml_collections
 from tto_jax import tasks
 from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
-from tto_jax.core.credit import ANSWERS, Estimator
+from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
 from tto_jax.core.losses import released_constant
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.learner import LossConfig, OptimizerConfig
@@ -149,7 +149,8 @@ def _loss(config, rollout, size, prompt_pad):
     if learner.micro_rows < 0 or (learner.micro_rows and rows % learner.micro_rows):
         choices = tuple(n for n in range(1, rows + 1) if rows % n == 0)
         raise ValueError(
-            f"learner.micro_rows={learner.micro_rows} does not divide the {rows} rows of a minibatch: choose 0 (all) or one of {choices}"
+            f"learner.micro_rows={learner.micro_rows} does not divide the {rows} rows of a minibatch: "
+            f"choose 0 (all) or one of {choices}"
         )
     response = rollout.trace_pad + size * rollout.answers * (rollout.forced_pad + rollout.answer_cap)
     constant = rows * learner.tokens_per_row if learner.normalizer == "constant" else released_constant(rows, response)
@@ -174,39 +175,43 @@ def _loss(config, rollout, size, prompt_pad):
 
 
 def _check(settings: Settings, config) -> None:
-    rollout, task = settings.rollout, settings.task
+    kind = settings.credit.estimator.kind
     if settings.steps < 1:
         raise ValueError(f"steps={settings.steps}: a run has at least 1 step")
     if settings.problems < 1:
         raise ValueError(f"rollout.problems={settings.problems}: a step has at least 1 problem")
-    if not 0 <= settings.seed < 2**32:
-        raise ValueError(f"seed={settings.seed}: seeds lie in [0, 2**32)")
-    longest = settings.prompt_pad + rollout.trace_pad + settings.answer_pad
-    if longest > settings.model.max_position:
-        room = settings.model.max_position - settings.prompt_pad - settings.answer_pad
-        raise ValueError(
-            f"budgets.tokens={tuple(config.budgets.tokens)}: prompt {settings.prompt_pad} + trace {rollout.trace_pad} + answer "
-            f"{settings.answer_pad} = {longest} tokens exceed model.max_position={settings.model.max_position}; "
-            f"choose a last budget of at most {room}"
-        )
-    if not rollout.sample.temperature > 0:
+    for name, seed in (("seed", settings.seed), ("warm_start.seed", config.warm_start.seed)):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{name}={seed}: seeds lie in [0, 2**32)")
+    if not settings.rollout.sample.temperature > 0:
         raise ValueError("rollout.temperature=0: greedy traces have no log-prob to train on; choose 1.0")
-    if settings.rollout.group_size == 1 and settings.credit.estimator.kind in ("grpo", "rloo", "mrt"):
+    if settings.rollout.group_size == 1 and kind in GROUP_ONLY:
+        raise ValueError(f"rollout.group_size=1 with {kind!r}: every advantage would be zero; choose 2 or more")
+    if kind == "progress_gae":
         raise ValueError(
-            f"rollout.group_size=1 with {settings.credit.estimator.kind!r}: every advantage would be zero; choose 2 or more"
+            "credit.estimator.kind='progress_gae' needs scores before any thinking, which this page does not sample; "
+            "choose 'mrt'"
         )
-    if settings.credit.estimator.kind == "progress_gae":
-        raise ValueError(
-            "credit.estimator.kind='progress_gae' needs scores before any thinking, which this page does "
-            "not sample yet; choose 'mrt'"
-        )
-    budgets = tuple(config.evaluation.budgets)
+    for name in ("evaluation.every", "checkpoint.every", "checkpoint.keep", "log.samples_every", "data.problems"):
+        section, field = name.split(".")
+        if config[section][field] < 1:
+            raise ValueError(f"{name}={config[section][field]}: it must be at least 1")
+    _check_context("budgets.tokens", settings, tuple(config.budgets.tokens))
+    _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets))
+
+
+def _check_context(name: str, settings: Settings, budgets: tuple[int, ...]) -> None:
     BudgetSchedule.from_prior(budgets)
-    if (
-        budgets[-1] > task.max_trace_tokens + 1
-        or budgets[-1] + settings.prompt_pad + settings.answer_pad > settings.model.max_position
-    ):
+    around = settings.prompt_pad + settings.answer_pad
+    context = settings.model.max_position
+    if around + budgets[-1] > context:
         raise ValueError(
-            f"evaluation.budgets={budgets}: the last one exceeds the task or the context; choose at most "
-            f"{task.max_trace_tokens}"
+            f"{name}={budgets}: prompt and answer ({around} tokens) and the last budget exceed "
+            f"model.max_position={context}; choose a last budget of at most {context - around}"
+        )
+    longest = settings.task.max_prompt_tokens + settings.task.max_trace_tokens + 2 + settings.task.max_answer_tokens
+    if longest > context:
+        raise ValueError(
+            f"model.max_position={context}: demonstrations of {settings.task.name} have up to {longest} tokens; "
+            f"choose at least {longest}"
         )

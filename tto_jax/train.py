@@ -199,11 +199,13 @@ def describe(plan: Settings) -> str:
     lines = {
         "task": plan.task,
         "model": f"{count:,} parameters (float32), computed in {plan.model.dtype}",
-        "budgets": f"{np.asarray(plan.schedule.tokens).tolist()} tokens, prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
+        "budgets": f"{np.asarray(plan.schedule.tokens).tolist()} tokens, "
+        f"prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
         "credit": f"{plan.credit}",
         "rollout": f"{plan.problems} problems x {plan.rollout.group_size} traces x {plan.schedule.size} forks x "
         f"{plan.rollout.answers} answers; {plan.kv_bytes():,} bytes of KV cache",
-        "update": f"{plan.minibatches} minibatches of {plan.rows // plan.minibatches} rows of {plan.row_length} tokens; {plan.optimizer}",
+        "update": f"{plan.minibatches} minibatches of {plan.rows // plan.minibatches} rows of "
+        f"{plan.row_length} tokens; {plan.optimizer}",
         "loss": plan.loss,
     }
     return "\n".join(f"{name:8} {value}" for name, value in lines.items())

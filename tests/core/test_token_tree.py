@@ -65,7 +65,7 @@ def params():
 
 
 def random_case(seed, one_token=False):
-    """Prompts of any length; traces empty, early-ended and full; forks repeated and 0; insertions from none to 3 tokens.
+    """Prompts of any length; traces empty, early-ended and full; forks repeated and 0; 0 to 3 tokens inserted.
 
     Everything beyond a length is garbage: masks come from lengths.
     """
@@ -131,7 +131,7 @@ def plain_logprobs(sequences, length):
 
 
 def expected_tokens(case, one_token=False):
-    """{(row, slot): (log-prob, advantage, sampler's log-prob)} of every trained token, from plain sequences and loops."""
+    """{(row, slot): (log-prob, advantage, sampler's log-prob)} of every trained token, by loops over plain sequences."""
     answer_pad = case.answers.tokens.shape[-1]
     prompt_pad, trace_pad = case.prompts.tokens.shape[1], case.traces.tokens.shape[1]
     sequences, wanted = [], []
@@ -146,8 +146,8 @@ def expected_tokens(case, one_token=False):
                 facts = (case.credit.trace_advantage[b, g, s], case.traces.logprob[n, t])
                 places.append((len(prompt) + t, (n, prompt_pad + t), *facts))
             begin = case.forks[n, s]
-        for t in range(begin, len(trace)):  # beyond the last fork: trained, without credit
-            places.append((len(prompt) + t, (n, prompt_pad + t), 0.0, case.traces.logprob[n, t]))
+        beyond = range(begin, len(trace))  # the last fork: trained, without credit
+        places += [(len(prompt) + t, (n, prompt_pad + t), 0.0, case.traces.logprob[n, t]) for t in beyond]
         wanted.append(places)
         for s in range(S):
             for a in range(A):
@@ -217,7 +217,7 @@ def test_several_trees_in_a_row(one_token):
         assert joined.tokens.shape == (B * G // each, each * length)
         config = loss_config(each * length, targets=each * (C + S * A * E))
         logprob, _ = learner.score_logprobs(MODEL, config, params(), joined)
-        place = lambda where: (where[0] // each, where[0] % each * length + where[1])  # noqa: E731
+        place = lambda where, length=length: (where[0] // each, where[0] % each * length + where[1])  # noqa: E731
         assert_tokens(expected, jax.device_get(joined), np.asarray(logprob), place)
 
 
@@ -228,7 +228,7 @@ def test_trees_per_row_must_divide_the_trees():
 
 @pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
 def test_what_is_trained(one_token):
-    """Never a prompt's token, an inserted one or padding; whatever is trained was sampled, and all of that is trained."""
+    """Never a prompt's token, an inserted one or padding; what is trained was sampled, and all of that is trained."""
     for case, rows, _ in cases(one_token):
         rows = jax.device_get(rows)
         assert not rows.loss_mask[:, :P].any()

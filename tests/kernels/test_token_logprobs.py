@@ -1,4 +1,4 @@
-"""Log-probs and entropies without logits: values against loops, gradients against the reference, memory of the compiled program."""
+"""Log-probs and entropies without logits: values against loops, gradients against the reference, compiled memory."""
 
 import functools
 

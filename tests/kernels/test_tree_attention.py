@@ -28,7 +28,7 @@ jax.tree_util.register_dataclass(Rows)
 
 
 def packed_rows():
-    """Row 0: two trees of different shapes with padding inside and between. Row 1: one tree, then padding to the end."""
+    """Row 0: two trees of different shapes, padding inside and between. Row 1: one tree, then padding to the end."""
     # (tree, position, branch, fork) of every token
     trunk = lambda tree, length: [(tree, t, 0, 0) for t in range(length)]  # noqa: E731
     branch = lambda tree, index, fork, length: [(tree, fork + t, index, fork) for t in range(length)]  # noqa: E731
@@ -90,7 +90,7 @@ def test_the_rule_by_hand():
     mask = np.asarray(token_tree.visible(*[types.SimpleNamespace(**{f: x[0] for f, x in vars(rows).items()})] * 2))
     for q in range(L):
         np.testing.assert_array_equal(mask[q], [sees(rows, 0, q, k) for k in range(L)])
-    # trunk 0..4, padding 5 6, branch at 2: 7 8, branch at 2: 9 10 11, padding 12; trunk 13..16, branch at 4, branch at 1
+    # trunk 0..4, padding 5 6, branch at 2: 7 8, branch at 2: 9..11, padding 12; trunk 13..16, branch at 4, branch at 1
     seen_by = {
         0: [0],
         4: [0, 1, 2, 3, 4],

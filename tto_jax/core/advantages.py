@@ -64,7 +64,10 @@ def brpo_baseline(prefix: Array, group: Array) -> jax.Array:
 
 
 def regression_baseline(prefix: Array, group: Array, coef: Array) -> jax.Array:
-    """V = a V1 + b V2 + c per block, coef f32[S,3]. Unbiased if coef comes from other data and V2 leaves its trace out."""
+    """V = a V1 + b V2 + c per block, coef f32[S,3].
+
+    Unbiased if coef was fitted on other data and V2 leaves its own trace out.
+    """
     chex.assert_rank(coef, 2)
     return coef[:, 0] * prefix + coef[:, 1] * group + coef[:, 2]
 

@@ -20,9 +20,9 @@ class Estimator:
     """How thinking blocks earn credit.
 
     With R[g,s] = sum_{j>=s} P_j r[g,j], V1 the prefix baseline and V2 the group mean of R:
-    `brpo` R - (s V1 + (S-s) V2)/S; `prefix` R - V1; `group` R - V2; `none` R; `grpo` r[S-1] minus its group mean, the same
-    for all blocks; `rloo` the same with the others' mean; `mrt` grpo + alpha (progress - its mean over the traces that
-    reached the block); `progress_gae` sum_{k>=s} gamma^(k-s) tail[k] progress[k].
+    `brpo` R - (s V1 + (S-s) V2)/S; `prefix` R - V1; `group` R - V2; `none` R; `grpo` r[S-1] minus its group mean, the
+    same for all blocks; `rloo` the same with the others' mean; `mrt` grpo + alpha (progress - its mean over the traces
+    that reached the block); `progress_gae` sum_{k>=s} gamma^(k-s) tail[k] progress[k].
     """
 
     kind: str = "brpo"

@@ -30,7 +30,7 @@ def clip_active(logprob: Array, old_logprob: Array, advantage: Array, clip_low: 
 
 
 def kl_estimate(logprob: Array, ref_logprob: Array, kind: str = "k3") -> jax.Array:
-    """Estimate of KL(policy | reference) from the policy's tokens (Schulman's k1, k2, k3). Raises ValueError if unknown.
+    """Estimate of KL(policy | reference) from the policy's tokens (Schulman's k1, k2, k3); ValueError if unknown.
 
     k1 = log p - log q, unbiased; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1, unbiased and non-negative.
     """

@@ -9,7 +9,7 @@ from tto_jax.core.types import Array
 
 
 def block_progress(values: Array, start: Array) -> jax.Array:
-    """progress[s] = J[s] - J[s-1] with J[-1] = start. values f32[S], start f32[] -> f32[S]; sums to J[-1 + S] - start."""
+    """progress[s] = J[s] - J[s-1] with J[-1] = start; its sum telescopes to J[S-1] - start. f32[S], f32[] -> f32[S]."""
     chex.assert_rank([values, start], [1, 0])
     previous = jnp.concatenate([jnp.asarray(start, values.dtype)[None], values[:-1]])
     return values - previous
@@ -38,7 +38,8 @@ def cumulative_regret(values: Array, optimal: Array) -> jax.Array:
 def normalized_regret(accuracy: Array, tokens: Array, limit: Array) -> jax.Array:
     """1 - (area under the accuracy-token curve up to `limit` tokens) / limit, f32[].
 
-    The curve starts at (0, 0), is linear between points, cut at `limit` by interpolation and flat beyond its last point.
+    The curve starts at (0, 0), is linear between points, cut at `limit` by interpolation, and flat beyond its last
+    point.
     accuracy f32[K]; tokens f32[K], increasing, positive; limit f32[] tokens.
     """
     chex.assert_rank([accuracy, tokens], 1)

@@ -1,7 +1,7 @@
 """Logits and one uniform number -> a token and its log-prob, by a two-level inverse CDF.
 
-`jax.random.categorical` draws a Gumbel for every vocabulary entry; here one uniform a row is enough, and the log-prob of
-the distribution that was sampled from (temperature, top-k and top-p included) comes with it.
+`jax.random.categorical` draws a Gumbel for every vocabulary entry; here one uniform a row is enough, and the log-prob
+of the distribution that was sampled from (temperature, top-k and top-p included) comes with it.
 """
 
 import dataclasses

@@ -185,7 +185,10 @@ def join_trees(tree: TokenTree, trees_per_row: int) -> TokenTree:
 
 
 def sequences(tokens: Array, length: Array, target_mask: Array) -> TokenTree:
-    """Plain sequences as rows of one trunk each, for supervised training. tokens i32[N,L], length i32[N], mask bool[N,L]."""
+    """Plain sequences as rows of one trunk each, for supervised training.
+
+    tokens i32[N,L], length i32[N], target_mask bool[N,L].
+    """
     chex.assert_equal_shape([tokens, target_mask])
     tokens = jnp.asarray(tokens)
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -39,7 +39,8 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             choices = tuple(n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             raise ValueError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: choose one of {choices}"
+                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: "
+                f"choose one of {choices}"
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary embeddings need an even head size")

@@ -1,7 +1,7 @@
 """A Flax NNX decoder: RMSNorm, rotary positions, grouped KV heads, SwiGLU; layers stacked and scanned.
 
-The attention of a call is a function `attend(layer, state, q, k, v) -> (out, state)`, so that the same layers serve packed
-rows (`forward_rows`) and cached decoding (`decode`). Everything outside works on pure parameter dicts.
+The attention of a call is a function `attend(layer, state, q, k, v) -> (out, state)`, so that the same layers serve
+packed rows (`forward_rows`) and cached decoding (`decode`). Everything outside works on pure parameter dicts.
 """
 
 import functools
