@@ -8,6 +8,7 @@ from tto_jax.settings import Settings
 
 def rollout_metrics(scores: Scores, traces: Traces, forks: np.ndarray, budgets: np.ndarray) -> dict:
     """Scores, format, unfinished, overthinking at every budget; length by correctness; groups without signal."""
+    forks = forks.reshape(scores.correct.shape[:3])
     pooled = _pooled(scores.correct.mean(axis=-1), forks)
     best_before = np.maximum.accumulate(pooled, axis=-1)
     length = traces.length.reshape(forks.shape[:2])
@@ -75,6 +76,7 @@ def samples(
     """The first trace of some problems: the text of every block with its advantage, and the answers at its end."""
     size, group = forks.shape[-1], settings.rollout.group_size
     decode = settings.tokenizer.decode
+    forks = forks.reshape(scores.correct.shape[:3])
     found = []
     for b in range(min(count, len(problems))):
         row, blocks = b * group, []

@@ -146,17 +146,17 @@ def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
     logprob = jnp.where(mask, logprob, old)
     objective = losses.clipped_objective(logprob, old, advantage, config.clip_low, config.clip_high)
     total = -losses.aggregate(objective, mask, config.constant)
+    kl_ref = jnp.zeros_like(logprob)
     if config.kl:
-        ref = jnp.where(mask, take(rows.ref_logprob), logprob)
-        total += config.kl * losses.aggregate(
-            losses.kl_estimate(logprob, ref, config.kl_estimator), mask, config.constant
-        )
+        kl_ref = losses.kl_estimate(logprob, jnp.where(mask, take(rows.ref_logprob), logprob), config.kl_estimator)
+        total += config.kl * losses.aggregate(kl_ref, mask, config.constant)
     ratio = jnp.exp(logprob - old)
     weight = jnp.where(mask, jnp.abs(advantage), 0.0)
     add = lambda x: jnp.sum(jnp.where(mask, x, 0.0))  # noqa: E731
     return total, {
         "total": total,
         "tokens": mask.sum(),
+        "kl_ref": add(kl_ref),
         "kl_old": add(losses.kl_estimate(logprob, old, "k3")),
         "clipped": add(losses.clip_active(logprob, old, advantage, config.clip_low, config.clip_high)),
         "ratio_min": jnp.min(jnp.where(mask, ratio, 1.0)),
@@ -173,6 +173,7 @@ def _combine(sums: dict) -> dict:
     share = lambda part: jnp.where(weight > 0, part / jnp.maximum(weight, 1e-30), 0.0)  # noqa: E731
     return {
         "loss/total": sums["total"].sum(),
+        "loss/kl_ref": sums["kl_ref"].sum() / tokens,
         "loss/kl_old": sums["kl_old"].sum() / tokens,
         "loss/clip_fraction": sums["clipped"].sum() / tokens,
         "loss/ratio_min": sums["ratio_min"].min(),

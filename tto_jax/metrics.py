@@ -71,11 +71,19 @@ def read_rows(workdir: epath.PathLike) -> list[dict]:
 
 
 def _readable(row: dict) -> str:
+    """One sample as text: a line for a plain value, an indented line for each record of a list of records."""
+
+    def text(value) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
     parts = [f"==== step {row['step']} " + "=" * 60]
     for key, value in row.items():
-        if key != "step":
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            parts.append(f"{key}:\n    " + text.replace("\n", "\n    ") if "\n" in text else f"{key}: {text}")
+        if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
+            parts.append(f"{key}:")
+            parts += ["    " + " | ".join(f"{k} {text(v)}" for k, v in record.items()) for record in value]
+        elif key != "step":
+            shown = text(value)
+            parts.append(f"{key}:\n    " + shown.replace("\n", "\n    ") if "\n" in shown else f"{key}: {shown}")
     return "\n".join(parts) + "\n\n"
 
 

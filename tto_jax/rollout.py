@@ -102,7 +102,7 @@ def sample_traces(
     state, trunk, keys = _start(model, config, params, prompts, key)
     for begin in range(0, config.trace_pad, config.segment):
         end = min(begin + config.segment, config.trace_pad)
-        state, done = _think(model, config, params, prompts, trunk, state, keys.thinking, jnp.int32(end))
+        state, done = _think(model, config, params, prompts, trunk, state, keys.thinking, jax.device_put(np.int32(end)))
         if end < config.trace_pad and bool(jax.device_get(done)):
             break
     return state.traces, Trunk(prompts=prompts, prompt_cache=trunk, trace_cache=state.cache)

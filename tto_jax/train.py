@@ -69,58 +69,56 @@ def train(config, plan: Settings, workdir: epath.Path) -> None:
 
     for step in range(begin + 1, plan.steps + 1):
         clock = Clock()
-        key = jax.random.fold_in(jax.random.key(plan.seed), step)
-
-        # Think, cut, answer.
         batch = next(batches)
         prompts = jax.device_put(batch.prompts)
-        traces, trunk = rollout.sample_traces(plan.model, plan.rollout, state.params, prompts, key)
-        forks = cut(traces.length, plan.schedule)
-        clock.mark("think", traces)
-        answers = rollout.sample_answers(plan.model, plan.rollout, state.params, trunk, traces, forks, key)
-        clock.mark("answer", answers)
+        key = jax.random.fold_in(jax.random.key(plan.seed), step)
 
-        # Grade on the host, turn scores into credit, pack trees.
-        seen_traces, seen_forks, seen_answers = jax.device_get((traces, forks, answers))
-        scores = grading.grade(plan.task, plan.tokenizer, batch.problems, seen_traces, seen_forks, seen_answers)
-        clock.mark("grade")
-        rows, earned, baselines = credit_and_pack(
-            plan.credit, plan.schedule, prompts, traces, answers, forks, jax.device_put(scores.correct)
-        )
-        clock.mark("credit", rows)
+        # Nothing crosses between host and device but what is named: a transfer by accident is an error.
+        with jax.transfer_guard("disallow"):
+            # Think, cut, answer.
+            traces, trunk = rollout.sample_traces(plan.model, plan.rollout, state.params, prompts, key)
+            forks = cut(traces.length, plan.schedule)
+            clock.mark("think", traces)
+            answers = rollout.sample_answers(plan.model, plan.rollout, state.params, trunk, traces, forks, key)
+            clock.mark("answer", answers)
 
-        # Old log-probs by the trainer, then one optimizer step a minibatch.
-        old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
-        rows = dataclasses.replace(rows, old_logprob=old)
-        if reference is not None:
-            ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
-            rows = dataclasses.replace(rows, ref_logprob=ref)
-        clock.mark("score", rows)
-        updates = []
-        for index in range(plan.minibatches):
-            part = learner.minibatch(rows, plan.minibatches, jnp.int32(index))
-            state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
-            updates.append(update)
-        clock.mark("update", state)
+            # Grade on the host, turn scores into credit, pack trees.
+            seen = jax.device_get((traces, forks, answers))
+            scores = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
+            clock.mark("grade")
+            correct = jax.device_put(scores.correct)
+            rows, earned, baselines = credit_and_pack(
+                plan.credit, plan.schedule, prompts, traces, answers, forks, correct
+            )
+            clock.mark("credit", rows)
+
+            # Old log-probs by the trainer, then one optimizer step a minibatch.
+            old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
+            rows = dataclasses.replace(rows, old_logprob=old)
+            if reference is not None:
+                ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
+                rows = dataclasses.replace(rows, ref_logprob=ref)
+            clock.mark("score", rows)
+            updates = []
+            for index in range(plan.minibatches):
+                part = learner.minibatch(rows, plan.minibatches, jax.device_put(np.int32(index)))
+                state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
+                updates.append(update)
+            clock.mark("update", state)
+            updates, earned, baselines, tokens = jax.device_get(
+                (updates, earned, baselines, (rows.loss_mask, rows.branch, rows.sampler_logprob, old, entropy))
+            )
 
         # Say what happened.
-        updates, earned, baselines, tokens = jax.device_get(
-            (updates, earned, baselines, (rows.loss_mask, rows.branch, rows.sampler_logprob, old, entropy))
-        )
         totals = {"tokens": totals["tokens"] + int(tokens[0].sum()), "seconds": totals["seconds"] + clock.total()}
-        by_trace = seen_forks.reshape(earned.block_mask.shape)
-        row = diagnostics.rollout_metrics(scores, seen_traces, by_trace, np.asarray(plan.schedule.tokens))
+        row = diagnostics.rollout_metrics(scores, seen[0], seen[1], np.asarray(plan.schedule.tokens))
         row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.token_metrics(*tokens)
         row |= diagnostics.update_metrics(updates) | totals | clock.seconds()
         writer.write(step, row)
         progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
         if step % config.log.samples_every == 0:
-            writer.write_samples(
-                step,
-                diagnostics.samples(
-                    plan, batch.problems, seen_traces, by_trace, seen_answers, scores, earned, config.log.samples
-                ),
-            )
+            shown = diagnostics.samples(plan, batch.problems, *seen, scores, earned, count=config.log.samples)
+            writer.write_samples(step, shown)
         if step % config.evaluation.every == 0:
             evaluate_row(config, plan, state.params, writer, step, totals)
         if step % config.checkpoint.every == 0 or step == plan.steps:
