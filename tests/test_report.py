@@ -204,3 +204,14 @@ def test_misuse_of_the_page(tmp_path, capsys):
             report.main(argv)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_gap_closed_is_the_mean_share_over_pairs():
+    def record(variant, difference, **more):
+        return {"over": "problems", "variant": variant, "anytime": {"difference": difference}} | more
+
+    paired = [record("brpo", 0.3), record("brpo", 0.1), record("length", 0.1), record("length", 0.2)]
+    paired += [{"over": "problems", "variant": "length", "note": "other problems"}, {"over": "runs", "variant": "brpo"}]
+    assert report.gap_closed(paired, "brpo") == pytest.approx({"length": 0.75})
+    with pytest.raises(ValueError, match=r"--target=mrt.*brpo.*length"):
+        report.gap_closed(paired, "mrt")

@@ -148,7 +148,7 @@ def credit_to_tokens(correct, forks, schedule: BudgetSchedule, num_tokens: int) 
 def loop_credit(
     correct: np.ndarray, forks: np.ndarray, weights: Sequence[float], num_tokens: int, spread: Callable
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same from the equations (arXiv 2505.13438, section 3.2), one number at a time.
+    """The same from the equations (arXiv 2505.13438, BRPO), one number at a time.
 
     correct f32[B,G,S,A], forks i32[B,G,S], weights of the S budgets -> f32[B*G,C] and f32[B,G,S,A].
     """

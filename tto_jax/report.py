@@ -120,7 +120,13 @@ def _entry(difference, low, high) -> dict:
 
 
 def _over_problems(run: Run, base: Run, key: jax.Array) -> dict:
-    entry = {"over": "problems", "run": run.name, "baseline": base.name, "problems": int(run.id.size)}
+    entry = {
+        "over": "problems",
+        "run": run.name,
+        "variant": run.variant,
+        "baseline": base.name,
+        "problems": int(run.id.size),
+    }
     note = _mismatch(run, base)
     if note:
         return entry | {"note": note}
@@ -185,6 +191,21 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> list[dict]:
                 record[what]["differences"] = [r[what]["difference"] for r in done]
             paired.append(record)
     return paired
+
+
+def gap_closed(paired: Sequence[dict], target: str) -> dict[str, float]:
+    """Share of the anytime gap between the baseline and `target` that each other variant closes, mean over pairs.
+
+    Raises ValueError if `target` was not compared, or has no gap.
+    """
+    gaps: dict[str, list[float]] = {}
+    for record in paired:
+        if record["over"] == "problems" and "note" not in record:
+            gaps.setdefault(record["variant"], []).append(record["anytime"]["difference"])
+    if target not in gaps or not np.mean(gaps[target]):
+        raise ValueError(f"--target={target} is no variant with a gap to the baseline; the choices are {sorted(gaps)}.")
+    whole = np.mean(gaps[target])
+    return {variant: float(np.mean(gap) / whole) for variant, gap in gaps.items() if variant != target}
 
 
 def _align(rows: list[list[str]]) -> str:
@@ -368,6 +389,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="workdir of an evaluated run")
     parser.add_argument("--out", default="report", help="directory for results.json, curves.png and training.png")
     parser.add_argument("--name", action="append", default=[], metavar="NAME=RUN", help="call RUN by NAME (repeatable)")
+    parser.add_argument(
+        "--target", help="variant whose gap to the baseline is the whole; prints the share others close"
+    )
     parser.add_argument("--baseline", help="variant or run to compare with; default: the variant of the first run")
     flags = parser.parse_args(argv)
     named = dict.fromkeys(flags.runs)
@@ -381,10 +405,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         runs = [load_run(path, name) for path, name in named.items()]
         paired = compare(runs, flags.baseline)
+        closed = gap_closed(paired, flags.target) if flags.target else {}
     except ValueError as error:
         parser.error(str(error))
     write(runs, paired, flags.out)
     print(table(runs, paired))
+    for variant, share in closed.items():
+        print(f"{variant} closes {100 * share:.0f}% of the gap in anytime accuracy to {flags.target}")
     for field in ("commit", "versions"):
         if _common(runs, field) is None:
             print(f"note: the runs differ in {field}; see results.json", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Budget-relative advantages of one problem (arXiv 2505.13438, section 3.2); vmap over problems.
+"""Budget-relative advantages of one problem (arXiv 2505.13438, BRPO); vmap over problems.
 
 Scores r[G, S] are mean scores of the answers of trace g at budget s; returns are R[g,s] = sum_{j>=s} P_j r[g,j].
 Sums over S are contracted at full precision: accelerators would round the products to bf16 otherwise.
@@ -56,7 +56,7 @@ def group_baseline(returns: Array, leave_one_out: bool = False) -> jax.Array:
 
 
 def brpo_baseline(prefix: Array, group: Array) -> jax.Array:
-    """V[g,s] = (s V1[g,s] + (S-s) V2[g,s]) / S, eq. 8: early blocks lean on the group, late ones on their prefix."""
+    """V[g,s] = (s V1[g,s] + (S-s) V2[g,s]) / S (BRPO): early blocks lean on the group, late ones on their prefix."""
     chex.assert_equal_shape([prefix, group])
     size = prefix.shape[-1]
     block = jnp.arange(size, dtype=prefix.dtype)

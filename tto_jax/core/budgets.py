@@ -14,7 +14,7 @@ PRIORS = ("uniform", "linear", "base")
 
 @pytree
 class BudgetSchedule:
-    """S increasing token budgets b_j and their prior P_j (arXiv 2505.13438, eq. 2).
+    """S increasing token budgets b_j and their prior P_j (arXiv 2505.13438).
 
     S is static (a shape); tokens and weights are array leaves, so budgets that change every step compile nothing.
     Where delimiters cut the trace, there are weights but no tokens.

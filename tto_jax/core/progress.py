@@ -1,4 +1,4 @@
-"""Progress and cumulative regret of one trace (arXiv 2503.07572, sections 3 and 4); vmap over traces."""
+"""Progress and cumulative regret of one trace (arXiv 2503.07572); vmap over traces."""
 
 import chex
 import jax
@@ -30,7 +30,7 @@ def discounted_progress(progress: Array, weight: Array, gamma: float) -> jax.Arr
 
 
 def cumulative_regret(values: Array, optimal: Array) -> jax.Array:
-    """Delta[k] = sum_{j<=k} (J* - J[j]), in episodes. values f32[S], optimal f32[] or f32[S] -> f32[S] (eq. 2)."""
+    """Delta[k] = sum_{j<=k} (J* - J[j]), in episodes. values f32[S], optimal f32[] or f32[S] -> f32[S]."""
     chex.assert_rank(values, 1)
     return jnp.cumsum(optimal - values)
 
