@@ -78,7 +78,7 @@ def process(title, arguments, *said, prepare=lambda folder: None, todo=""):
     def run(folder):
         words = [word.replace("FOLDER", str(folder)) for word in arguments.split()]
         command = [sys.executable, "-m", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise Refused(done.stdout + done.stderr)
 

@@ -1,4 +1,4 @@
-"""The rollout engine on a tiny random model: what it samples, whose log-probs it records, what its layout can't change."""
+"""The rollout engine on a tiny random model: samples, their log-probs, and what the layout may not change."""
 
 import dataclasses
 import functools
@@ -32,6 +32,7 @@ MODEL = ModelConfig(
     max_position=64,
     rope_theta=50.0,
     tie_embeddings=False,
+    learned_positions=True,
 )
 CONFIG = RolloutConfig(
     group_size=G,
@@ -167,7 +168,7 @@ def test_a_step_a_problem_a_trace_a_column_and_an_answer_have_samples_of_their_o
 
 
 def test_the_numbers_drawn_are_independent():
-    """A model that finds all tokens equally likely says what was drawn: two draws agree no more often than by chance."""
+    """A model that finds all tokens equally likely says what was drawn: draws agree no more than by chance."""
     traces, _, answers = run(weights=jax.tree.map(jnp.zeros_like, params()))
     index = answers.forced[..., None, None] + np.arange(CAP)
     drawn = np.take_along_axis(answers.tokens, np.broadcast_to(index, (B * G, S, A, CAP)), axis=-1)

@@ -28,6 +28,7 @@ MODEL = ModelConfig(
     max_position=64,
     rope_theta=50.0,
     attention_bias=True,
+    learned_positions=True,  # rotary ones alone would not see all positions of a tree shifted
 )
 SEEDS = range(4)
 
@@ -131,7 +132,7 @@ def plain_logprobs(sequences, length):
 
 
 def expected_tokens(case, one_token=False):
-    """{(row, slot): (log-prob, advantage, sampler's log-prob)} of every trained token, by loops over plain sequences."""
+    """{(row, slot): (log-prob, advantage, sampler's log-prob)} of every trained token, from plain sequences."""
     answer_pad = case.answers.tokens.shape[-1]
     prompt_pad, trace_pad = case.prompts.tokens.shape[1], case.traces.tokens.shape[1]
     sequences, wanted = [], []

@@ -70,6 +70,8 @@ def logits(config, params, tokens):
     """tokens: L ints -> f64[L, V]."""
     embedding = np.asarray(params["embed"]["embedding"], np.float64)
     x = [embedding[token] for token in tokens]
+    if config.learned_positions:
+        x = [v + np.asarray(params["position_embed"]["embedding"], np.float64)[t] for t, v in enumerate(x)]
     for index in range(config.num_layers):
         p = layer_of(params["layers"], index)
         normed = [rms_norm(v, p["attention_norm"]["scale"], config.norm_eps) for v in x]

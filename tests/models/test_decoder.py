@@ -29,7 +29,9 @@ LLAMA = ModelConfig(
 )
 QWEN2 = dataclasses.replace(LLAMA, attention_bias=True, num_kv_heads=1)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, tie_embeddings=False, num_layers=3)
-ALL = dataclasses.replace(LLAMA, attention_bias=True, qk_norm=True, tie_embeddings=False, num_kv_heads=4)
+ALL = dataclasses.replace(
+    LLAMA, attention_bias=True, qk_norm=True, tie_embeddings=False, learned_positions=True, num_kv_heads=4
+)
 FAMILIES = {"llama-tied-2of4": LLAMA, "qwen2-tied-1of4": QWEN2, "qwen3-untied-2of4": QWEN3, "all-untied-4of4": ALL}
 LENGTH = 9
 

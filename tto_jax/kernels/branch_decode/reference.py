@@ -37,14 +37,30 @@ def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
 
 def _scores(q, part):
     """q [M,K,g,D] -> masked scores f32[M,K,g,C]."""
-    rows, capacity = part.k.shape[0], part.k.shape[-1]
-    dealt = q.reshape(rows, -1, *q.shape[1:])
-    scores = jnp.einsum("rmkgd,rkdc->rmkgc", dealt, part.k, preferred_element_type=jnp.float32)
+    capacity = part.k.shape[-1]
+    scores = _undeal(_batched(_deal(q, part), part.k, jnp.float32), q.shape[1:3], part)
     return jnp.where(part.visible[:, :, None, None, :], scores, -jnp.inf).reshape(*q.shape[:-1], capacity)
 
 
 def _mix(weights, part):
     """weights [M,K,g,C] -> [M,K,g,D]."""
-    rows = part.v.shape[0]
-    dealt = weights.reshape(rows, -1, *weights.shape[1:])
-    return jnp.einsum("rmkgc,rkcd->rmkgd", dealt, part.v).reshape(*weights.shape[:-1], part.v.shape[-1])
+    mixed = _undeal(_batched(_deal(weights, part), part.v, weights.dtype), weights.shape[1:3], part)
+    return mixed.reshape(*weights.shape[:-1], part.v.shape[-1])
+
+
+def _deal(x, part):
+    """[M,K,g,X] -> [R*K, M/R*g, X]: one batch dimension, as not every backend multiplies bf16 under two."""
+    rows, (_, kv_heads, group, width) = part.k.shape[0], x.shape
+    x = x.reshape(rows, -1, kv_heads, group, width).transpose(0, 2, 1, 3, 4)
+    return x.reshape(rows * kv_heads, -1, width)
+
+
+def _undeal(x, heads, part):
+    """[R*K, M/R*g, X] -> [R, M/R, K, g, X]."""
+    (kv_heads, group), rows = heads, part.k.shape[0]
+    return x.reshape(rows, kv_heads, -1, group, x.shape[-1]).transpose(0, 2, 1, 3, 4)
+
+
+def _batched(x, cache, dtype):
+    """x [R*K, m, X], cache [R,K,X,Y] -> [R*K, m, Y]."""
+    return jnp.matmul(x, cache.reshape(-1, *cache.shape[2:]), preferred_element_type=dtype)
