@@ -13,10 +13,11 @@ from configs import common
 def get_config(variant: str = "brpo") -> ConfigDict:
     config = common.base(variant, budgets=(18, 36, 54, 72))
     config.task = ConfigDict({"name": "chain", "min_ops": 4, "max_ops": 12, "answer_digits": 1, "max_trace_tokens": 72})
-    config.steps = 40
+    config.steps = 60
+    config.model.learned_positions = False  # steps are found by their labels; here they slow the warm start down
     config.learner.tokens_per_row = 36
     config.learner.optimizer.learning_rate = 3e-4
-    config.warm_start.steps = 1500
+    config.warm_start.steps = 2500
     config.evaluation.budgets = (9, 18, 27, 36, 45, 54, 63, 72)
     if "fast" in variant.split(","):
         config.task.update({"min_ops": 3, "max_ops": 8, "max_trace_tokens": 48})

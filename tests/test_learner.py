@@ -38,6 +38,8 @@ LOSS = LossConfig(
     clip_low=0.2,
     clip_high=0.3,
 )
+# These programs run a few times at most: compiling them dominates.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 ADAM = OptimizerConfig(learning_rate=1e-2, grad_clip=1e6, weight_decay=0.1)
 
 
@@ -67,7 +69,7 @@ def random_rows(seed=0):
     sampled = rng.integers(1, E - 1, (N, S, A))
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     tokens = lambda *shape: rng.integers(VOCABULARY, size=shape).astype(np.int32)  # noqa: E731
-    rows = jax.jit(token_tree.pack)(
+    rows = pack(
         Prompts(tokens=tokens(B, P), length=rng.integers(1, P + 1, B), id=np.arange(B, dtype=np.uint32)),
         Traces(tokens=tokens(N, C), logprob=draw(N, C), length=length, ended=np.ones(N, bool), eos=np.zeros(N, bool)),
         Answers(
@@ -95,6 +97,9 @@ def random_rows(seed=0):
     )
 
 
+pack = jax.jit(token_tree.pack)
+
+
 def plain_logprobs(params, rows, temperature=LOSS.temperature):
     """Log-prob of every token of the rows from all logits at once: [N, L]."""
     hidden = decoder.forward_rows(MODEL, params, rows)
@@ -103,7 +108,7 @@ def plain_logprobs(params, rows, temperature=LOSS.temperature):
     return jnp.take_along_axis(table, rows.tokens[..., None], axis=-1)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
 def loss_and_gradient(config, params, rows):
     return jax.value_and_grad(lambda params: learner.loss(MODEL, config, params, rows), has_aux=True)(params)
 
@@ -145,7 +150,7 @@ def test_entropy_and_logprobs_of_trained_tokens_only():
     logprob, entropy = learner.score_logprobs(MODEL, LOSS, host_params(), rows)
     mask = np.asarray(rows.loss_mask)
     assert mask.any() and not np.asarray(logprob)[~mask].any() and not np.asarray(entropy)[~mask].any()
-    expected = jax.jit(plain_logprobs)(host_params(), rows)
+    expected = jax.jit(plain_logprobs, compiler_options=UNOPTIMIZED)(host_params(), rows)
     np.testing.assert_allclose(masked(logprob, rows), masked(expected, rows), atol=1e-5)
     assert (masked(entropy, rows) > 0).all() and masked(entropy, rows).max() < np.log(VOCABULARY)
 
@@ -178,13 +183,8 @@ def test_gradient_at_ratio_one_is_reinforce():
     rows = random_rows()
     current, _ = learner.score_logprobs(MODEL, LOSS, host_params(), rows)
     rows = dataclasses.replace(rows, old_logprob=current)
-    _, actual = loss_and_gradient(LOSS, fresh_params(), rows)
-
-    def reinforce(params):
-        weight = jnp.where(rows.loss_mask, rows.advantage, 0.0)
-        return -jnp.sum(weight * plain_logprobs(params, rows)) / LOSS.constant
-
-    expected = jax.jit(jax.grad(reinforce))(fresh_params())
+    _, actual = loss_and_gradient(LOSS, host_params(), rows)
+    expected = weighted_gradient(-np.where(rows.loss_mask, rows.advantage, 0.0) / LOSS.constant, host_params(), rows)
     assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(expected))
     assert_close(actual, expected, 2e-5)
 
@@ -195,7 +195,7 @@ def test_kl_to_the_reference(kind):
     rows, weight = random_rows(), 0.7
     rows = dataclasses.replace(rows, advantage=jnp.zeros_like(rows.advantage))
     config = dataclasses.replace(LOSS, kl=weight, kl_estimator=kind)
-    (value, _), actual = loss_and_gradient(config, fresh_params(), rows)
+    (value, _), actual = loss_and_gradient(config, host_params(), rows)
     current = np.asarray(learner.score_logprobs(MODEL, LOSS, host_params(), rows)[0], np.float64)
     total, slope = 0.0, np.zeros(current.shape)
     for at in map(tuple, np.argwhere(rows.loss_mask)):
@@ -203,12 +203,13 @@ def test_kl_to_the_reference(kind):
         total += {"k1": gap, "k2": gap**2 / 2, "k3": np.exp(-gap) - 1 + gap}[kind]
         slope[at] = {"k1": 1.0, "k2": gap, "k3": 1 - np.exp(-gap)}[kind]
     assert float(value) == pytest.approx(weight * total / LOSS.constant, rel=1e-4, abs=1e-6)
-    expected = weighted_gradient(slope.astype(np.float32) * weight / LOSS.constant, fresh_params(), rows)
+    expected = weighted_gradient(slope.astype(np.float32) * weight / LOSS.constant, host_params(), rows)
     assert_close(actual, expected, 5e-5)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
 def weighted_gradient(weights, params, rows):
+    """Of sum(weight * log-prob), from all logits at once."""
     return jax.grad(lambda params: jnp.sum(weights * plain_logprobs(params, rows)))(params)
 
 
@@ -218,12 +219,12 @@ def weighted_gradient(weights, params, rows):
 def test_micro_batches_change_nothing():
     """The same first moment (a tenth of the gradient) and metrics, whatever the rows of a micro-batch."""
     rows, results = random_rows(), {}
-    for micro in (0, N // 4, N // 2, N):
+    for micro in (0, N // 4, N // 2):
         config = dataclasses.replace(LOSS, micro_rows=micro)
         state, metrics = learner.train_step(MODEL, config, ADAM, fresh_state(), rows)
         results[micro] = jax.device_get((adam(state).mu, metrics))
     assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(results[0][0]))
-    for micro in (N // 4, N // 2, N):
+    for micro in (N // 4, N // 2):
         assert_close(results[micro][0], results[0][0], 1e-6)
         assert_close(results[micro][1], results[0][1], 1e-5)
     with pytest.raises(ValueError, match="micro_rows=3 does not divide the 8 rows"):
@@ -258,12 +259,10 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert norm == pytest.approx(
         np.sqrt(sum((x.astype(float) ** 2).sum() for x in jax.tree.leaves(gradient))), rel=1e-4
     )
-    for clip in (norm / 7, norm * 7):
-        config = dataclasses.replace(ADAM, grad_clip=clip)
-        state, metrics = learner.train_step(MODEL, LOSS, config, fresh_state(config), rows)
-        assert metrics["update/grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm before the clip"
-        scale = min(1.0, clip / norm)
-        assert_close(adam(state).mu, jax.tree.map(lambda x, k=scale: x * k * (1 - ADAM.b1), gradient), 1e-5)
+    clipped = dataclasses.replace(ADAM, grad_clip=norm / 7)
+    state, metrics = learner.train_step(MODEL, LOSS, clipped, fresh_state(clipped), rows)
+    assert metrics["update/grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm before the clip"
+    assert_close(adam(state).mu, jax.tree.map(lambda x: x / 7 * (1 - ADAM.b1), gradient), 1e-5)
 
 
 def test_one_step_is_adamw():
@@ -303,7 +302,7 @@ def test_supervised_step_is_maximum_likelihood():
     length = rng.integers(4, 10, N)
     mask = (np.arange(9) >= 2) & (np.arange(9) < length[:, None])
     rows = token_tree.sequences(tokens, length, mask)
-    config = LossConfig(num_targets=8, num_states=8, constant=1.0)
+    config = LossConfig(num_targets=8, num_states=8, constant=1.0, micro_rows=2)
     state, values = fresh_state(), []
     for _ in range(8):
         state, metrics = learner.supervised_step(MODEL, config, ADAM, state, rows)
@@ -311,11 +310,8 @@ def test_supervised_step_is_maximum_likelihood():
     expected = -np.asarray(jax.jit(functools.partial(plain_logprobs, temperature=1.0))(host_params(), rows))[
         mask
     ].mean()
-    assert values[0] == pytest.approx(expected, rel=1e-5)
+    assert values[0] == pytest.approx(expected, rel=1e-5), "one mean over all micro-batches"
     assert (np.diff(values) < 0).all() and values[-1] < 0.8 * values[0]
-    micro = dataclasses.replace(config, micro_rows=2)
-    _, metrics = learner.supervised_step(MODEL, micro, ADAM, fresh_state(), rows)
-    assert float(metrics["loss/total"]) == pytest.approx(expected, rel=1e-5), "one mean over all micro-batches"
 
 
 def test_the_state_is_donated():
@@ -337,10 +333,9 @@ def test_minibatches_are_consecutive_and_cover_the_rows():
 
 
 def test_later_steps_compile_nothing():
-    """Two warm-up steps, as a program may run first on new arrays and then on its own results; then new data only."""
+    """One warm-up step compiles; later ones, from the state it returned and with new data, do not."""
     compiled = []
     listener = lambda name, _seconds, **_: compiled.append(name)  # noqa: E731
-    model = dataclasses.replace(MODEL, max_position=31)  # shared with no other test: the first step must compile
     config = RolloutConfig(
         group_size=G,
         trace_pad=C,
@@ -353,8 +348,7 @@ def test_later_steps_compile_nothing():
         segment=4,
     )
     schedule = BudgetSchedule.from_prior((2, C))
-    loss = dataclasses.replace(LOSS, num_targets=C + S * A * 2, num_states=token_tree.num_states(P, C, S, A, 4, False))
-    cut, pack = jax.jit(forks_at_budgets), jax.jit(token_tree.pack)
+    cut = jax.jit(forks_at_budgets)
 
     def one_step(state, step):
         rng = np.random.default_rng(step)
@@ -365,35 +359,32 @@ def test_later_steps_compile_nothing():
         )
         prompts = jax.device_put(prompts)
         key = jax.random.fold_in(jax.random.key(0), step)
-        traces, trunk = rollout.sample_traces(model, config, state.params, prompts, key)
+        traces, trunk = rollout.sample_traces(MODEL, config, state.params, prompts, key)
         forks = cut(traces.length, schedule)
-        answers = rollout.sample_answers(model, config, state.params, trunk, traces, forks, key)
+        answers = rollout.sample_answers(MODEL, config, state.params, trunk, traces, forks, key)
         credit = Credit(
             trace_advantage=rng.normal(size=(B, G, S)).astype(np.float32),
             answer_advantage=rng.normal(size=(B, G, S, A)).astype(np.float32),
             block_mask=np.ones((B, G, S), bool),
         )
         rows = pack(prompts, traces, answers, forks, credit, np.ones(S, np.float32))
-        old, _ = learner.score_logprobs(model, loss, state.params, rows)
+        old, _ = learner.score_logprobs(MODEL, LOSS, state.params, rows)
         rows = dataclasses.replace(rows, old_logprob=old)
-        for index in range(2):
-            part = learner.minibatch(rows, 2, jnp.int32(index))
-            state, metrics = learner.train_step(model, loss, ADAM, state, part)
+        rows = learner.minibatch(rows, 1, jnp.int32(0))
+        state, metrics = learner.train_step(MODEL, LOSS, ADAM, state, rows)
         return state, jax.device_get(metrics)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         state, _ = one_step(fresh_state(), 0)
         assert any("compile" in name for name in compiled), f"the listener hears no compilation, only {set(compiled)}"
-        state, _ = one_step(state, 1)
         compiled.clear()
-        for step in range(2, 5):
+        for step in range(1, 4):
             state, metrics = one_step(state, step)
             assert np.isfinite(metrics["loss/total"])
         assert not [name for name in compiled if "compile" in name or "trac" in name]
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    assert learner.train_step._cache_size() > 0
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ MODEL = ModelConfig(
     learned_positions=True,  # rotary ones alone would not see all positions of a tree shifted
 )
 SEEDS = range(4)
+# These programs run a few times at most: compiling them dominates.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass
@@ -115,7 +117,7 @@ def random_case(seed, one_token=False):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
 def all_logprobs(model, params, rows):
     hidden = decoder.forward_rows(model, params, rows)
     return jax.nn.log_softmax(decoder.logits(model, params, hidden))
@@ -274,7 +276,7 @@ def grown(case, more):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
 def loss_and_gradient(config, params, rows):
     return jax.value_and_grad(lambda params: learner.loss(MODEL, config, params, rows), has_aux=True)(params)
 

@@ -34,6 +34,8 @@ ALL = dataclasses.replace(
 )
 FAMILIES = {"llama-tied-2of4": LLAMA, "qwen2-tied-1of4": QWEN2, "qwen3-untied-2of4": QWEN3, "all-untied-4of4": ALL}
 LENGTH = 9
+# These programs run a few times at most: compiling them dominates.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -62,13 +64,13 @@ def plain_rows(tokens, length=None):
     return token_tree.sequences(tokens, length, np.zeros(tokens.shape, bool))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
 def row_logits(config, params, rows):
     hidden = decoder.forward_rows(config, params, rows)
     return hidden, decoder.logits(config, params, hidden)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
 def decode(config, params, tokens, position, cache, slot, visible, context=()):
     return decoder.decode(config, params, tokens, position, cache, slot, visible, context)
 
@@ -183,7 +185,7 @@ def test_remat_changes_neither_values_nor_gradients():
         function = functools.partial(summed_loss, config)
         traced = str(jax.make_jaxpr(function)(params, rows, weights))
         assert ("remat2[" in traced, "policy=None" in traced) == (remat != "none", remat == "full")
-        results[remat] = jax.jit(jax.value_and_grad(function))(params, rows, weights)
+        results[remat] = jax.jit(jax.value_and_grad(function), compiler_options=UNOPTIMIZED)(params, rows, weights)
     value, gradient = results["none"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 1e-3, f"no gradient reaches {jax.tree_util.keystr(path)}"
