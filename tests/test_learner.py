@@ -126,12 +126,12 @@ def assert_bitwise(actual, expected):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def adam(state):
-    """First and second moments."""
+def adam(tree):
+    """Optax's state with the first and second moments."""
     found = []
     jax.tree.map(
         lambda node: found.append(node) if hasattr(node, "mu") else None,
-        state.opt_state,
+        tree,
         is_leaf=lambda node: hasattr(node, "mu"),
     )
     (moments,) = found
@@ -219,14 +219,13 @@ def weighted_gradient(weights, params, rows):
 def test_micro_batches_change_nothing():
     """The same first moment (a tenth of the gradient) and metrics, whatever the rows of a micro-batch."""
     rows, results = random_rows(), {}
-    for micro in (0, N // 4, N // 2):
+    for micro in (0, N // 2):
         config = dataclasses.replace(LOSS, micro_rows=micro)
         state, metrics = learner.train_step(MODEL, config, ADAM, fresh_state(), rows)
         results[micro] = jax.device_get((adam(state).mu, metrics))
     assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(results[0][0]))
-    for micro in (N // 4, N // 2):
-        assert_close(results[micro][0], results[0][0], 1e-6)
-        assert_close(results[micro][1], results[0][1], 1e-5)
+    assert_close(results[N // 2][0], results[0][0], 1e-6)
+    assert_close(results[N // 2][1], results[0][1], 1e-5)
     with pytest.raises(ValueError, match="micro_rows=3 does not divide the 8 rows"):
         learner.train_step(MODEL, dataclasses.replace(LOSS, micro_rows=3), ADAM, fresh_state(), rows)
 
@@ -259,10 +258,9 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert norm == pytest.approx(
         np.sqrt(sum((x.astype(float) ** 2).sum() for x in jax.tree.leaves(gradient))), rel=1e-4
     )
-    clipped = dataclasses.replace(ADAM, grad_clip=norm / 7)
-    state, metrics = learner.train_step(MODEL, LOSS, clipped, fresh_state(clipped), rows)
-    assert metrics["update/grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm before the clip"
-    assert_close(adam(state).mu, jax.tree.map(lambda x: x / 7 * (1 - ADAM.b1), gradient), 1e-5)
+    optimizer = learner.make_optimizer(dataclasses.replace(ADAM, grad_clip=norm / 7))
+    _, opt_state = jax.jit(optimizer.update)(gradient, optimizer.init(host_params()), host_params())
+    assert_close(adam(opt_state).mu, jax.tree.map(lambda x: x / 7 * (1 - ADAM.b1), gradient), 1e-5)
 
 
 def test_one_step_is_adamw():

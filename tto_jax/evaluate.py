@@ -33,6 +33,7 @@ def main(argv):
     """The page."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option is a flag, such as --problems=256")
+    host.set_up()
     workdir = epath.Path(_WORKDIR.value)
     if _WARM_START.value and not _OUT.value:
         raise app.UsageError("--warm_start needs --out: the workdir's own evaluation is of its checkpoint")
@@ -49,7 +50,6 @@ def main(argv):
         }
     )
     plan = settings.build(config)
-    host.keep_freed_memory()
     params, totals, step = load(config, plan, workdir)
     budgets = tuple(wanted.budgets)
     with Progress(wanted.problems, name="evaluate") as progress:

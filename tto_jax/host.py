@@ -8,9 +8,16 @@ import sys
 from pathlib import Path
 
 import jax
+from absl import logging
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
 _PACKAGES = ("tto-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def set_up() -> None:
+    """Called by a page before its work: only warnings on the terminal, and memory that stays in the process."""
+    logging.set_verbosity(logging.WARNING)
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ class Tokenizer:
     def from_task(cls, task: Task) -> "Tokenizer":
         """One token per word of the task's vocabulary; ids in its order."""
         # Imported here: it takes most of a second, which the other pages need not wait for.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch: tokenizers need none
         import tokenizers
         import transformers
 

@@ -32,6 +32,7 @@ def main(argv):
     """The page."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option is a flag, such as --config.steps=10")
+    host.set_up()
     config = _CONFIG.value
     plan = settings.build(config)
     print(describe(plan), flush=True)
@@ -45,7 +46,6 @@ def main(argv):
 
 def train(config, plan: Settings, workdir: epath.Path) -> None:
     """Warm start, then `plan.steps` steps of rollout, credit and update."""
-    host.keep_freed_memory()
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=RESUMABLE)
 
     # The policy: warm start -> state -> whatever the last checkpoint holds.
