@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash launch/reproduce.sh peak|chain [WORKDIR]: the README's tables. Every variant from the same warm starts with the same
 # seeds, problems and steps, evaluated on 1,024 shared problems, the last checkpoints only. peak: 3 warm starts x 2 seeds of
-# 8 variants, about 70 minutes on 2 cores; chain: 2 seeds of 3 variants, about 25. A second call goes on where it stopped.
+# 8 variants, about 70 minutes on 2 cores; chain: 2 seeds of 6 variants, about 25. A second call goes on where it stopped.
 set -euo pipefail
 TASK=${1:?give a task: peak or chain}
 case "${2:-}" in
@@ -18,11 +18,11 @@ train() { # NAME WARM_START_SEED SEED [FLAG...]: a run named NAME-WARM_START_SEE
     --config.variant="$name" --config.warm_start.cache="$WORKDIR" --config.warm_start.seed="$2" --config.seed="$3" "${@:4}"
   .venv/bin/python -m tto_jax.evaluate --workdir="$dir"
 }
-warm() { # SEED: the warm start, trained and evaluated
-  local dir="$WORKDIR/brpo-$1-0"
+warm() { # WARM_START_SEED SEED: the warm start of the brpo run with these seeds, trained and evaluated
+  local dir="$WORKDIR/brpo-$1-$2"
   [ -e "$WORKDIR/warm_start-$1/evaluation/curve.png" ] && return
   .venv/bin/python -m tto_jax.train --config="configs/$TASK.py:brpo" --workdir="$dir" --config.variant=brpo \
-    --config.warm_start.cache="$WORKDIR" --config.warm_start.seed="$1" --config.seed=0 --warm_start_only
+    --config.warm_start.cache="$WORKDIR" --config.warm_start.seed="$1" --config.seed="$2" --warm_start_only
   .venv/bin/python -m tto_jax.evaluate --workdir="$dir" --warm_start --out="$WORKDIR/warm_start-$1"
 }
 penalty() { train "grpo_length@$1" "$2" "$3" --config.credit.length_penalty="$1"; }
@@ -36,17 +36,17 @@ peak_controls() {
 }
 chain_results() {
   for name in brpo grpo mrt; do train $name "$1" "$1"; done
-  penalty 0.2 "$1" "$1"
+  for p in 0.2 0.5 1.0; do penalty $p "$1" "$1"; done
 }
 
 case "$TASK" in
   peak)
-    lanes 'warm 0; warm 2' 'warm 1'
+    lanes 'warm 0 0; warm 2 0' 'warm 1 0'
     lanes 'peak_results 0' 'peak_results 1'
     lanes 'peak_controls 0' 'peak_controls 1'
     ;;
   chain)
-    lanes 'warm 0; chain_results 0' 'warm 1; chain_results 1'
+    lanes 'warm 0 0; chain_results 0' 'warm 1 1; chain_results 1'
     ;;
   *)
     echo "unknown task '$TASK': choose peak or chain" >&2

@@ -35,7 +35,6 @@ class Misuse:
     said: tuple[str, ...]
     run: Callable[[Path], None]  # of an empty folder
     prepare: Callable[[Path], None] = lambda folder: None
-    todo: str = ""  # why it is not refused (well) yet
 
 
 def parsed(experiment: str, *options: str):
@@ -53,11 +52,11 @@ def build(config) -> None:
     settings.build(config)
 
 
-def option(title, options, *said, experiment="peak.py:brpo,fast", todo=""):
+def option(title, options, *said, experiment="peak.py:brpo,fast"):
     """Options of the training page."""
     typed = [f"--config.{x}" for x in options.split()]
     shown = " ".join(([] if experiment == "peak.py:brpo,fast" else [f"--config=configs/{experiment}"]) + typed)
-    return Misuse(title, shown, said, lambda folder: build(parsed(experiment, *typed)), todo=todo)
+    return Misuse(title, shown, said, lambda folder: build(parsed(experiment, *typed)))
 
 
 def written(title, typed, edit, *said):
@@ -72,7 +71,7 @@ def written(title, typed, edit, *said):
     return Misuse(title, typed, said, run)
 
 
-def process(title, arguments, *said, prepare=lambda folder: None, todo=""):
+def process(title, arguments, *said, prepare=lambda folder: None):
     """A page as a process; FOLDER stands for a folder of its own."""
 
     def run(folder):
@@ -82,7 +81,7 @@ def process(title, arguments, *said, prepare=lambda folder: None, todo=""):
         if done.returncode:
             raise Refused(done.stdout + done.stderr)
 
-    return Misuse(title, f"python -m {arguments}", said, run, prepare, todo)
+    return Misuse(title, f"python -m {arguments}", said, run, prepare)
 
 
 def in_process(title, module, arguments, *said, prepare=lambda folder: None):
@@ -127,7 +126,6 @@ def resume_with(*options):
     return run
 
 
-NOT_CHECKED = "settings.build does not look at it"
 MISUSES = (
     # The command line.
     process(
@@ -151,7 +149,6 @@ MISUSES = (
         "no problems in a step",
         "rollout.problems=0",
         *("rollout.problems=0", "at least 1"),
-        todo="the message is of the loss's constant: _loss runs before _check",
     ),
     option("no traces of a problem", "rollout.group_size=0", "rollout.group_size=0", "positive"),
     option("no answers at a fork", "rollout.answers=0", "rollout.answers=0", "positive"),
@@ -219,7 +216,7 @@ MISUSES = (
     ),
     option("a negative lower clip", "learner.clip_low=-0.1", "clip_low=-0.1", "0 <= low <= 1"),
     option("a negative upper clip", "learner.clip_high=-1", "clip_high=-1.0", "high >= 0"),
-    option("a negative KL", "learner.kl=-0.1", "kl=-0.1", "0", todo=NOT_CHECKED),
+    option("a negative KL", "learner.kl=-0.1", "kl=-0.1", "0"),
     option(
         "a KL estimator that does not exist",
         "learner.kl_estimator=k4",
@@ -236,7 +233,6 @@ MISUSES = (
         "a loss over nothing",
         "learner.tokens_per_row=0",
         *("learner.tokens_per_row=0", "at least 1"),
-        todo="the message names the product, constant=0.0, not the option",
     ),
     option("a negative learning rate", "learner.optimizer.learning_rate=-1", "learning_rate=-1.0", "positive", "1e-6"),
     option("no gradient at all", "learner.optimizer.grad_clip=0", "grad_clip=0.0", "positive", "1.0"),
@@ -254,11 +250,8 @@ MISUSES = (
         "a negative warm-up",
         "learner.optimizer.warmup_steps=-1",
         *("warmup_steps=-1", "0"),
-        todo="OptimizerConfig does not look at it",
     ),
-    option(
-        "a momentum of one", "learner.optimizer.b1=1", "b1=1.0", "[0, 1)", todo="OptimizerConfig does not look at it"
-    ),
+    option("a momentum of one", "learner.optimizer.b1=1", "b1=1.0", "[0, 1)"),
     # The model.
     option("a dtype that does not exist", "model.dtype=float16", "model.dtype='float16'", UNKNOWN, "'bfloat16'"),
     option("a remat that does not exist", "model.remat=all", "model.remat='all'", UNKNOWN, "'dots'"),
@@ -283,18 +276,16 @@ MISUSES = (
         *("'peak' has no field num_digits", "the choices are num_values"),
     ),
     option("more values than letters", "task.num_values=30", "num_values=30", "2..26"),
-    option("no warm start", "warm_start.steps=0", "warm_start.steps=0", "at least 1", todo="it is refused too late"),
+    option("no warm start", "warm_start.steps=0", "warm_start.steps=0", "at least 1"),
     option(
         "a warm start shorter than its warm-up",
         "warm_start.steps=10",
         *("decay_steps=10", "longer than warmup_steps=50"),
-        todo="it is refused too late: the folder is claimed",
     ),
     option(
         "a schedule of the warm start that does not exist",
         "warm_start.optimizer.schedule=linear",
         *("schedule='linear'", UNKNOWN),
-        todo="it is refused too late: the folder is claimed",
     ),
     option("a negative seed of the warm start", "warm_start.seed=-1", "warm_start.seed=-1", "[0, 2**32)"),
     # Evaluation, checkpoints, logs.
@@ -307,9 +298,8 @@ MISUSES = (
         "evaluation budgets that repeat",
         "evaluation.budgets=(6,6)",
         *("evaluation.budgets=(6, 6)", "strictly increase"),
-        todo="the message says tokens=(6, 6), as if the training budgets were meant",
     ),
-    option("evaluation without answers", "evaluation.answers=0", "evaluation.answers=0", "1", todo=NOT_CHECKED),
+    option("evaluation without answers", "evaluation.answers=0", "evaluation.answers=0", "1"),
     option(
         "evaluation at every 0th step",
         "evaluation.every=0",
@@ -366,7 +356,6 @@ MISUSES = (
         "tto_jax.evaluate --workdir=FOLDER/run",
         *("FOLDER/run/checkpoints", "no checkpoint", "train"),
         prepare=claim,
-        todo="an empty checkpoints folder is made",
     ),
     in_process(
         "a report of a run that was not evaluated",
@@ -397,12 +386,7 @@ def files(folder: Path) -> dict:
     return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def _param(row):
-    marks = [pytest.mark.xfail(strict=True, reason=row.todo)] if row.todo else []
-    return pytest.param(row, id=row.title.replace(" ", "_"), marks=marks)
-
-
-@pytest.mark.parametrize("row", [_param(row) for row in MISUSES])
+@pytest.mark.parametrize("row", MISUSES, ids=lambda row: row.title.replace(" ", "_"))
 def test_is_refused(row, tmp_path):
     row.prepare(tmp_path)
     before = files(tmp_path)
@@ -436,23 +420,16 @@ def test_settings_are_checked_before_the_page_works(tmp_path, monkeypatch):
 
 def test_titles_differ():
     titles = [row.title for row in MISUSES]
-    assert len(set(titles)) == len(titles) and len(titles) - sum(bool(row.todo) for row in MISUSES) >= 25
+    assert len(set(titles)) == len(titles) >= 25
 
 
 def markdown() -> str:
-    """The table: what is refused, and what is not yet."""
+    """The table of what is refused."""
 
     def code(text):
         text = text.replace("|", "\\|")
         return f"`` {text} ``" if "`" in text else f"`{text}`"
 
-    def lines(rows, head, last):
-        yield f"| what is wrong | typed | {head} |"
-        yield "|---|---|---|"
-        for row in rows:
-            yield f"| {row.title} | {code(row.typed)} | {last(row)} |"
-
-    done, todo = [row for row in MISUSES if not row.todo], [row for row in MISUSES if row.todo]
     text = [
         "# What the pages refuse",
         "",
@@ -460,10 +437,10 @@ def markdown() -> str:
         "refused before any work, no file is written, and the message holds these words. Options without a page belong",
         "to `python -m tto_jax.train --config=configs/peak.py:brpo,fast`; assignments stand in an experiment's file.",
         "",
-        *lines(done, "the message holds", lambda row: ", ".join(code(words) for words in row.said)),
+        "| what is wrong | typed | the message holds |",
+        "|---|---|---|",
+        *(f"| {row.title} | {code(row.typed)} | {', '.join(code(words) for words in row.said)} |" for row in MISUSES),
     ]
-    if todo:
-        text += ["", "Not refused yet, or not well:", "", *lines(todo, "what happens", lambda row: row.todo)]
     return "\n".join(text) + "\n"
 
 

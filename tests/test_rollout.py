@@ -70,13 +70,13 @@ def take(prompts, index):
     return jax.tree.map(lambda x: x[np.asarray(index)], prompts)
 
 
-def run(config=CONFIG, prompts=None, weights=None, step=151):
+def run(config=CONFIG, prompts=None, weights=None, step=50, schedule=SCHEDULE):
     """(traces, forks, answers) of one rollout, on the host."""
     prompts, weights = make_prompts() if prompts is None else prompts, params() if weights is None else weights
     key = jax.random.fold_in(jax.random.key(0), step)
     prompts = jax.device_put(prompts)
     traces, trunk = rollout.sample_traces(MODEL, config, weights, prompts, key)
-    forks = forks_at_budgets(traces.length, SCHEDULE)
+    forks = forks_at_budgets(traces.length, schedule)
     answers = rollout.sample_answers(MODEL, config, weights, trunk, traces, forks, key)
     return jax.device_get((traces, forks, answers))
 
@@ -157,7 +157,7 @@ def test_the_sample_reaches_the_corners():
 
 def test_a_step_a_problem_a_trace_a_column_and_an_answer_have_samples_of_their_own():
     traces, forks, answers = base()
-    other, _, _ = run(step=152)
+    other, _, _ = run(step=51)
     assert (other.tokens != traces.tokens).any(axis=1).mean() > 0.9  # short traces may agree by chance
     tokens = traces.tokens.reshape(B, G, C)
     assert len(np.unique(tokens[:2].reshape(2 * G, C), axis=0)) == 2 * G, "problems 0 and 1 have one prompt"
@@ -284,29 +284,20 @@ def test_problems_in_another_order():
     assert_same_rollout(permuted, jax.tree.map(lambda x: x[order], by_problem(base())))
 
 
-def test_fewer_problems_more_traces_other_segments_and_a_larger_prompt_pad():
+def test_fewer_problems_and_columns_more_traces_and_answers_other_segments_and_a_larger_prompt_pad():
     """All at once, in another layout: the same tokens for the same problem, trace, column and answer."""
     few, more = [3, 1], G + 2
-    config = dataclasses.replace(CONFIG, group_size=more, segment=3)
-    other = by_problem(run(config, take(make_prompts(pad=P + 3), few)), group=more, problems=len(few))
-    expected = jax.tree.map(lambda x: x[few], by_problem(base()))
-    assert_same_rollout(jax.tree.map(lambda x: x[:, :G], other), expected)
-
-
-def test_fewer_answers_and_columns():
-    """The first columns and answers stay what they are when there are fewer of them; the traces are the same."""
-    traces, forks, answers = base()
-    key = jax.random.fold_in(jax.random.key(0), 151)
-    prompts = jax.device_put(make_prompts())
-    again, trunk = rollout.sample_traces(MODEL, CONFIG, params(), prompts, key)
-    config = dataclasses.replace(CONFIG, answers=A - 1)
-    fewer = rollout.sample_answers(MODEL, config, params(), trunk, again, forks[:, : S - 2], key)
-    expected = jax.tree.map(lambda x: x[:, : S - 2], answers)
-    expected = dataclasses.replace(
-        expected, **{name: getattr(expected, name)[:, :, : A - 1] for name in ("tokens", "logprob", "length", "ended")}
+    config = dataclasses.replace(CONFIG, group_size=more, answers=A + 1, segment=3)
+    schedule = BudgetSchedule.from_prior(BUDGETS[:-1])
+    result = run(config, take(make_prompts(pad=P + 3), few), schedule=schedule)
+    traces, _, answers = jax.tree.map(lambda x: x[:, :G], by_problem(result, group=more, problems=len(few)))
+    expected_traces, _, expected = jax.tree.map(lambda x: x[few], by_problem(base()))
+    assert_same_rollout(traces, expected_traces)
+    names = ("tokens", "logprob", "length", "ended")
+    assert_same_rollout(
+        [answers.forced, *(getattr(answers, name)[:, :, :, :A] for name in names)],
+        [expected.forced[:, :, :-1], *(getattr(expected, name)[:, :, :-1] for name in names)],
     )
-    assert_same_rollout(jax.device_get(fewer), expected)
-    assert_same_rollout(jax.device_get(again), traces)
 
 
 # When the host stops.

@@ -67,6 +67,7 @@ def token_metrics(loss_mask, branch, sampler, trainer, entropy) -> dict:
 def update_metrics(updates: list[dict]) -> dict:
     """The minibatches of a step as one row: means, but extremes and counters as such."""
     combine = {"loss/ratio_min": min, "loss/ratio_max": max, "update/skipped": max}
+    combine |= dict.fromkeys(("loss/share_thinking", "loss/share_answers"), _mean_of_known)
     return {name: combine.get(name, np.mean)([update[name] for update in updates]) for name in updates[0]}
 
 
@@ -104,6 +105,12 @@ def _pooled(mean_score, forks):
     """J[b,g,s]: mean over the columns that share a fork."""
     same = forks[..., :, None] == forks[..., None, :]
     return (same * mean_score[..., None, :]).sum(axis=-1) / same.sum(axis=-1)
+
+
+def _mean_of_known(values):
+    """Mean over the minibatches that have the number; None if none has."""
+    known = [value for value in values if np.isfinite(value)]
+    return np.mean(known) if known else None
 
 
 def _mean(values):

@@ -17,7 +17,7 @@ from tto_jax import checkpoint, evaluation, host, learner, report, settings, war
 from tto_jax.metrics import Progress
 from tto_jax.models import decoder
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.", allow_override=True)
 _WARM_START = flags.DEFINE_bool("warm_start", False, "Evaluate the run's warm start; needs --out.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the last one.")
 _OUT = flags.DEFINE_string("out", None, "Where to write; default: the workdir.")
@@ -40,13 +40,14 @@ def main(argv):
     if not (workdir / "config.json").exists():
         raise app.UsageError(f"--workdir={workdir} holds no config.json: give the workdir of `python -m tto_jax.train`")
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    identity = checkpoint.config_hash(config.to_dict())  # of the run, before this evaluation's own options
     wanted = config.evaluation
     wanted.update(
         {
             "problems": _PROBLEMS.value or wanted.final_problems,
             "answers": _ANSWERS.value or wanted.answers,
             "seed": wanted.seed if _SEED.value is None else _SEED.value,
-            "budgets": [int(b) for b in _BUDGETS.value] if _BUDGETS.value else wanted.budgets,
+            "budgets": budgets_flag() or wanted.budgets,
         }
     )
     plan = settings.build(config)
@@ -71,11 +72,19 @@ def main(argv):
         "tokens": totals["tokens"],
         "seconds": totals["seconds"],
         "evaluation_tokens": result.tokens,
-        "config_hash": checkpoint.config_hash(config.to_dict()),
+        "config_hash": identity,
         "commit": host.commit(),
         "versions": host.versions(),
     }
     write(epath.Path(_OUT.value or workdir), config.to_dict() | {"variant": variant}, record, result)
+
+
+def budgets_flag() -> list[int] | None:
+    """--budgets as numbers."""
+    try:
+        return [int(budget) for budget in _BUDGETS.value or ()] or None
+    except ValueError as error:
+        raise app.UsageError(f"--budgets={','.join(_BUDGETS.value)}: give integers, such as 6,12,24") from error
 
 
 def load(config, plan: settings.Settings, workdir: epath.Path):
@@ -83,6 +92,8 @@ def load(config, plan: settings.Settings, workdir: epath.Path):
     if _WARM_START.value:
         return warm_start.get(config, plan, workdir), {"tokens": 0, "seconds": 0.0}, 0
     like = jax.eval_shape(lambda: learner.init_state(decoder.init_params(plan.model, 0), plan.optimizer))
+    if not (workdir / "checkpoints").exists():
+        raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
     with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as saved:
         step = saved.latest_step() if _STEP.value is None else _STEP.value
         if step is None:

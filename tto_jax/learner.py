@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -43,10 +44,15 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.schedule not in OPTIMIZER_SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is unknown: choose one of {OPTIMIZER_SCHEDULES}")
-        if not (self.learning_rate > 0 and self.grad_clip > 0):
+        if not (0 < self.learning_rate < math.inf and self.grad_clip > 0):
             raise ValueError(
                 f"learning_rate={self.learning_rate}, grad_clip={self.grad_clip}: both must be positive, "
-                "such as 1e-6 and 1.0"
+                "the rate finite, such as 1e-6 and 1.0"
+            )
+        if not (self.warmup_steps >= 0 and self.weight_decay >= 0 and 0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, b1={self.b1}, b2={self.b2}: "
+                "the first two are at least 0, the others lie in [0, 1)"
             )
         if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
             raise ValueError(
@@ -77,6 +83,8 @@ class LossConfig:
             raise ValueError(
                 f"clip_low={self.clip_low}, clip_high={self.clip_high}: choose 0 <= low <= 1 and high >= 0"
             )
+        if not self.kl >= 0:
+            raise ValueError(f"kl={self.kl}: the weight of the KL is 0 or positive")
         if not self.constant > 0:
             raise ValueError(f"constant={self.constant}: the loss is divided by a positive constant")
 
@@ -170,7 +178,7 @@ def _combine(sums: dict) -> dict:
     """Metrics of a minibatch from those of its micro-batches."""
     tokens = jnp.maximum(sums["tokens"].sum(), 1)
     weight, answers = sums["weight"].sum(), sums["weight_answers"].sum()
-    share = lambda part: jnp.where(weight > 0, part / jnp.maximum(weight, 1e-30), 0.0)  # noqa: E731
+    share = lambda part: jnp.where(weight > 0, part / jnp.maximum(weight, 1e-30), jnp.nan)  # noqa: E731
     return {
         "loss/total": sums["total"].sum(),
         "loss/kl_ref": sums["kl_ref"].sum() / tokens,

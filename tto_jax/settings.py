@@ -4,6 +4,7 @@ Every combination that cannot work is refused here, before any work, with the va
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,11 @@ from tto_jax.tokenizer import Tokenizer
 
 ANSWER_WEIGHTS = ("code", "paper")
 NORMALIZERS = ("constant", "released")
+AT_LEAST_ONE = (
+    *("steps", "data.problems", "rollout.problems", "learner.tokens_per_row", "warm_start.steps"),
+    *("warm_start.batch_size", "evaluation.every", "evaluation.final_problems", "evaluation.answers"),
+    *("checkpoint.every", "checkpoint.keep", "log.samples_every"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,14 @@ class Settings:
 
 def build(config: ml_collections.ConfigDict) -> Settings:
     """Resolve and check a configuration. Raises ValueError for what cannot work."""
+    for name in AT_LEAST_ONE:
+        if (value := functools.reduce(getattr, name.split("."), config)) < 1:
+            raise ValueError(f"{name}={value}: it must be at least 1")
+    if not config.rollout.temperature > 0:
+        raise ValueError(
+            f"rollout.temperature={config.rollout.temperature}: it must be positive, as greedy traces have no log-prob "
+            "to train on; choose 1.0"
+        )
     task = tasks.get(**config.task.to_dict())
     tokenizer = Tokenizer.from_task(task)
     model = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model.to_dict())
@@ -176,15 +190,9 @@ def _loss(config, rollout, size, prompt_pad):
 
 def _check(settings: Settings, config) -> None:
     kind = settings.credit.estimator.kind
-    if settings.steps < 1:
-        raise ValueError(f"steps={settings.steps}: a run has at least 1 step")
-    if settings.problems < 1:
-        raise ValueError(f"rollout.problems={settings.problems}: a step has at least 1 problem")
     for name, seed in (("seed", settings.seed), ("warm_start.seed", config.warm_start.seed)):
         if not 0 <= seed < 2**32:
             raise ValueError(f"{name}={seed}: seeds lie in [0, 2**32)")
-    if not settings.rollout.sample.temperature > 0:
-        raise ValueError("rollout.temperature=0: greedy traces have no log-prob to train on; choose 1.0")
     if settings.rollout.group_size == 1 and kind in GROUP_ONLY:
         raise ValueError(f"rollout.group_size=1 with {kind!r}: every advantage would be zero; choose 2 or more")
     if kind == "progress_gae":
@@ -192,16 +200,22 @@ def _check(settings: Settings, config) -> None:
             "credit.estimator.kind='progress_gae' needs scores before any thinking, which this page does not sample; "
             "choose 'mrt'"
         )
-    for name in ("evaluation.every", "checkpoint.every", "checkpoint.keep", "log.samples_every", "data.problems"):
-        section, field = name.split(".")
-        if config[section][field] < 1:
-            raise ValueError(f"{name}={config[section][field]}: it must be at least 1")
+    warm = config.warm_start
+    OptimizerConfig(**warm.optimizer.to_dict(), decay_steps=warm.steps)
+    if warm.micro_rows < 0 or (warm.micro_rows and warm.batch_size % warm.micro_rows):
+        raise ValueError(
+            f"warm_start.micro_rows={warm.micro_rows} does not divide warm_start.batch_size={warm.batch_size}: "
+            "choose 0 (all) or a divisor"
+        )
     _check_context("budgets.tokens", settings, tuple(config.budgets.tokens))
     _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets))
 
 
 def _check_context(name: str, settings: Settings, budgets: tuple[int, ...]) -> None:
-    BudgetSchedule.from_prior(budgets)
+    try:
+        BudgetSchedule.from_prior(budgets)
+    except ValueError as error:
+        raise ValueError(f"{name}={budgets}: {error}") from error
     around = settings.prompt_pad + settings.answer_pad
     context = settings.model.max_position
     if around + budgets[-1] > context:

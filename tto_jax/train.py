@@ -21,11 +21,11 @@ from tto_jax.metrics import MetricsWriter, Progress
 from tto_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/peak.py:brpo.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics, samples.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives: checkpoints, metrics, samples.", allow_override=True
+)
 _WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Stop after the warm start.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the resolved configuration, then stop.")
-
-RESUMABLE = ("steps", "evaluation", "checkpoint", "log", "warm_start.cache")  # may change when a run is resumed
 
 
 def main(argv):
@@ -41,16 +41,16 @@ def main(argv):
         return
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
-    train(config, plan, epath.Path(_WORKDIR.value))
+    train(config, plan, epath.Path(_WORKDIR.value), warm_start_only=_WARM_START_ONLY.value)
 
 
-def train(config, plan: Settings, workdir: epath.Path) -> None:
+def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = False) -> None:
     """Warm start, then `plan.steps` steps of rollout, credit and update."""
-    checkpoint.claim_workdir(workdir, config.to_dict(), overridable=RESUMABLE)
+    checkpoint.claim_workdir(workdir, config.to_dict(), overridable=resumable(plan))
 
     # The policy: warm start -> state -> whatever the last checkpoint holds.
     initial = warm_start.get(config, plan, workdir)
-    if _WARM_START_ONLY.value:
+    if warm_start_only:
         return
     reference = initial if plan.loss.kl else None
     state = learner.init_state(jax.tree.map(jnp.copy, initial), plan.optimizer)
@@ -127,6 +127,12 @@ def train(config, plan: Settings, workdir: epath.Path) -> None:
     progress.close()
     writer.close()
     saved.close()
+
+
+def resumable(plan: Settings) -> tuple[str, ...]:
+    """What may change when a run is resumed; a cosine is as long as the run, so there `steps` may not."""
+    steps = () if plan.optimizer.schedule == "cosine" else ("steps",)
+    return (*steps, "evaluation", "checkpoint", "log", "warm_start.cache")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,6 @@
 """Attention of new tokens over a cache in parts against loops: every query looks its parts' rows up by itself."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tto_jax.kernels.branch_decode import IMPLEMENTATIONS, CachePart, branch_decode
 
 M, D = 12, 4
+jitted = jax.jit(branch_decode, static_argnums=2)
 
 
 def random_part(rng, rows, kv_heads, capacity, seen=0.5):
@@ -48,20 +50,20 @@ def oracle(q, parts):
 def test_equals_the_oracle(implementation, kv_heads):
     q, parts = random_parts(kv_heads)
     expected = oracle(q, parts)
-    np.testing.assert_allclose(branch_decode(q, parts, implementation), expected, atol=2e-6)
-    np.testing.assert_allclose(branch_decode(q, parts[::-1], implementation), expected, atol=2e-6)
+    np.testing.assert_allclose(jitted(q, parts, implementation), expected, atol=2e-6)
+    np.testing.assert_allclose(jitted(q, parts[::-1], implementation), expected, atol=2e-6)
 
 
 def test_an_unseen_part_and_unseen_slots_change_nothing():
     q, parts = random_parts(2)
-    base = branch_decode(q, parts)
+    base = jitted(q, parts)
     unseen = random_part(np.random.default_rng(9), 3, 2, 6, seen=0.0)
-    np.testing.assert_allclose(branch_decode(q, [unseen, *parts]), base, atol=1e-6)
+    np.testing.assert_allclose(jitted(q, [unseen, *parts]), base, atol=1e-6)
     # Row 0 of the first part serves queries 0..5: hide slot 2 from them, then put anything there.
     parts[0].visible[0, :, 2] = False
-    hidden = branch_decode(q, parts)
+    hidden = jitted(q, parts)
     parts[0].k[0, :, :, 2], parts[0].v[0, :, 2] = 50.0, -50.0
-    np.testing.assert_array_equal(branch_decode(q, parts), hidden)
+    np.testing.assert_array_equal(jitted(q, parts), hidden)
 
 
 def test_shared_rows_equal_copied_rows():
@@ -71,8 +73,8 @@ def test_shared_rows_equal_copied_rows():
     copied = CachePart(
         k=np.repeat(shared.k, 6, axis=0), v=np.repeat(shared.v, 6, axis=0), visible=shared.visible.reshape(M, 1, -1)
     )
-    expected = branch_decode(q, parts)
-    np.testing.assert_allclose(branch_decode(q, [copied, *parts[1:]]), expected, atol=1e-6)
+    expected = jitted(q, parts)
+    np.testing.assert_allclose(jitted(q, [copied, *parts[1:]]), expected, atol=1e-6)
 
 
 def test_visible_is_broadcast():
@@ -80,14 +82,14 @@ def test_visible_is_broadcast():
     narrow = np.asarray([True, True, False, True, False])
     wide = np.broadcast_to(narrow, parts[0].visible.shape)
     expected = oracle(q, [CachePart(k=parts[0].k, v=parts[0].v, visible=wide)])
-    actual = branch_decode(q, [CachePart(k=parts[0].k, v=parts[0].v, visible=narrow[None, None])])
+    actual = jitted(q, [CachePart(k=parts[0].k, v=parts[0].v, visible=narrow[None, None])])
     np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 def test_bfloat16_in_bfloat16_out():
     q, parts = random_parts(2)
     low = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
-    actual = branch_decode(low(q), [CachePart(k=low(p.k), v=low(p.v), visible=p.visible) for p in parts])
+    actual = jitted(low(q), [CachePart(k=low(p.k), v=low(p.v), visible=p.visible) for p in parts])
     assert actual.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(actual, np.float32), oracle(q, parts), atol=0.05)
 

@@ -12,6 +12,7 @@ from tto_jax.core import token_tree
 from tto_jax.kernels.tree_attention import IMPLEMENTATIONS, tree_attention
 
 N, L, D = 2, 24, 4
+jitted = jax.jit(tree_attention, static_argnums=4)
 
 
 @dataclasses.dataclass
@@ -80,7 +81,7 @@ def random_qkv(heads, kv_heads, seed=0):
 def test_equals_the_oracle(implementation, kv_heads):
     q, k, v = random_qkv(4, kv_heads)
     for rows in (packed_rows(), random_rows(1), random_rows(2)):
-        actual = tree_attention(q, k, v, rows, implementation)
+        actual = jitted(q, k, v, rows, implementation)
         np.testing.assert_allclose(actual, oracle(q, k, v, rows), atol=2e-6)
 
 
@@ -109,7 +110,7 @@ def test_only_visible_values_have_gradients_and_none_is_nan():
     q, k, v = random_qkv(4, 2)
     weights = np.zeros(q.shape, np.float32)
     weights[0, 11] = 1.0  # the last token of a branch
-    gradient = jax.grad(lambda q, k, v: jnp.sum(weights * tree_attention(q, k, v, rows)), (0, 1, 2))(q, k, v)
+    gradient = jax.jit(jax.grad(lambda *qkv: jnp.sum(weights * tree_attention(*qkv, rows)), (0, 1, 2)))(q, k, v)
     assert all(np.isfinite(x).all() for x in gradient)
     for x in gradient[1:]:
         assert np.flatnonzero(np.abs(x[0]).sum((-1, -2))).tolist() == [0, 1, 9, 10, 11] and not x[1].any()
@@ -118,7 +119,7 @@ def test_only_visible_values_have_gradients_and_none_is_nan():
 def test_bfloat16_in_bfloat16_out():
     rows = packed_rows()
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_qkv(4, 2))
-    actual = tree_attention(q, k, v, rows)
+    actual = jitted(q, k, v, rows)
     assert actual.dtype == jnp.bfloat16
     expected = oracle(*(np.asarray(x, np.float64) for x in (q, k, v)), rows)
     np.testing.assert_allclose(np.asarray(actual, np.float32), expected, atol=0.03)

@@ -107,11 +107,12 @@ def block_of_token(forks: Array, num_tokens: int) -> jax.Array:
 def block_to_tokens(values: Array, forks: Array, num_tokens: int) -> jax.Array:
     """Spread one value a block, f32[S], over the tokens of one trace: f32[num_tokens], 0 beyond the last fork.
 
-    A masked sum over blocks, at most one term of which is not zero: exact, and fused where a gather is not.
+    One select a block, the last one innermost: exact, and one vectorised pass where a gather or a sum over S is not.
     """
     chex.assert_rank([values, forks], 1)
     chex.assert_equal_shape([values, forks])
-    forks = jnp.asarray(forks)[:, None]
-    begin = jnp.concatenate([jnp.zeros_like(forks[:1]), forks[:-1]])
-    token = jnp.arange(num_tokens)[None, :]
-    return jnp.sum(jnp.where((begin <= token) & (token < forks), jnp.asarray(values)[:, None], 0.0), axis=0)
+    forks, values, token = jnp.asarray(forks), jnp.asarray(values), jnp.arange(num_tokens)
+    spread = jnp.zeros(num_tokens, values.dtype)
+    for s in reversed(range(values.shape[0])):
+        spread = jnp.where(token < forks[s], values[s], spread)
+    return spread

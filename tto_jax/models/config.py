@@ -44,6 +44,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary embeddings need an even head size")
+        if not (self.rope_theta > 0 and self.norm_eps > 0):
+            raise ValueError(
+                f"model.rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: both must be positive, "
+                "such as 10000.0 and 1e-6"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype={self.dtype!r} is unknown: choose one of {DTYPES}")
         if self.remat not in REMAT:
