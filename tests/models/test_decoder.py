@@ -236,6 +236,8 @@ def test_initial_parameters():
         ("num_heads", 0, r"model\.num_heads=0"),
         ("num_kv_heads", 0, r"model\.num_kv_heads=0"),
         ("mlp_size", 0, r"model\.mlp_size=0"),
+        ("rope_theta", 0.0, r"model\.rope_theta=0\.0"),
+        ("norm_eps", 0.0, r"norm_eps=0\.0"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(option, value, says):
