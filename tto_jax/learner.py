@@ -243,7 +243,7 @@ def _accumulate(function, config, params, rows):
 def _apply(optimizer, state, grads):
     updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"update/grad_norm": optax.global_norm(grads), "update/skipped": opt_state.total_notfinite}
+    metrics = {"update/grad_norm": optax.tree.norm(grads), "update/skipped": opt_state.total_notfinite}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -134,7 +134,7 @@ def plain_logprobs(sequences, length):
 
 
 def expected_tokens(case, one_token=False):
-    """{(row, slot): (log-prob, advantage, sampler's log-prob)} of every trained token, from plain sequences."""
+    """{(row, slot): (log-prob, position, advantage, sampler's log-prob)} of every trained token."""
     answer_pad = case.answers.tokens.shape[-1]
     prompt_pad, trace_pad = case.prompts.tokens.shape[1], case.traces.tokens.shape[1]
     sequences, wanted = [], []
@@ -170,7 +170,7 @@ def expected_tokens(case, one_token=False):
     for logprob, places in zip(logprobs, wanted):
         for t, where, *facts in places:
             assert where not in found
-            found[where] = (logprob[t - 1], *facts)
+            found[where] = (logprob[t - 1], t, *facts)
     return found
 
 
@@ -193,9 +193,10 @@ def assert_tokens(expected, rows, logprob, place=lambda where: where):
     """Exactly the expected tokens are trained, each with its advantage and its log-probs."""
     trained = {tuple(where) for where in np.argwhere(rows.loss_mask)}
     assert trained == {place(where) for where in expected}
-    for where, (plain, advantage, sampler) in expected.items():
+    for where, (plain, position, advantage, sampler) in expected.items():
         at = place(where)
         assert abs(logprob[at] - plain) < 2e-5, where
+        assert rows.position[at] == position
         assert rows.advantage[at] == pytest.approx(advantage, rel=1e-6)
         assert rows.sampler_logprob[at] == rows.old_logprob[at] == rows.ref_logprob[at] == np.float32(sampler)
 

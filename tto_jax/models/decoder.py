@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
                 config.max_position, config.hidden_size, dtype=config.dtype, embedding_init=embed_init, rngs=rngs
             )
         make_layers = nnx.vmap(functools.partial(Layer, config), in_axes=0, out_axes=0)
-        self.layers = make_layers(rngs.fork(split=config.num_layers))
+        self.layers = make_layers(rngs.split(config.num_layers))
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
