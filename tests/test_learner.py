@@ -100,10 +100,10 @@ def random_rows(seed=0):
 pack = jax.jit(token_tree.pack)
 
 
-def plain_logprobs(params, rows, temperature=LOSS.temperature):
+def plain_logprobs(params, rows):
     """Log-prob of every token of the rows from all logits at once: [N, L]."""
     hidden = decoder.forward_rows(MODEL, params, rows)
-    table = jax.nn.log_softmax(decoder.logits(MODEL, params, hidden) / temperature)
+    table = jax.nn.log_softmax(decoder.logits(MODEL, params, hidden) / LOSS.temperature)
     table = jnp.take_along_axis(table, rows.source[..., None], axis=1)
     return jnp.take_along_axis(table, rows.tokens[..., None], axis=-1)[..., 0]
 
@@ -314,14 +314,15 @@ def test_supervised_step_is_maximum_likelihood():
     length = rng.integers(4, 10, N)
     mask = (np.arange(9) >= 2) & (np.arange(9) < length[:, None])
     rows = token_tree.sequences(tokens, length, mask)
-    config = LossConfig(num_targets=8, num_states=8, constant=1.0, micro_rows=2)
+    config = LossConfig(num_targets=8, num_states=8, constant=1.0, temperature=LOSS.temperature, micro_rows=2)
     state, values = fresh_state(), []
-    for _ in range(8):
+    for step in range(8):
         state, metrics = learner.supervised_step(MODEL, config, ADAM, state, rows)
+        if step == 0:
+            gradient = weighted_gradient(-mask.astype(np.float32) / mask.sum(), host_params(), rows)
+            assert_close(adam(state).mu, jax.tree.map(lambda x: x * (1 - ADAM.b1), gradient), 2e-5)
         values.append(float(metrics["loss/total"]))
-    expected = -np.asarray(jax.jit(functools.partial(plain_logprobs, temperature=1.0))(host_params(), rows))[
-        mask
-    ].mean()
+    expected = -np.asarray(jax.jit(plain_logprobs)(host_params(), rows))[mask].mean()
     assert values[0] == pytest.approx(expected, rel=1e-5), "one mean over all micro-batches"
     assert (np.diff(values) < 0).all() and values[-1] < 0.8 * values[0]
 

@@ -122,7 +122,8 @@ def target_logprobs(
     source = jnp.take_along_axis(rows.source, index, axis=-1)
     target = jnp.take_along_axis(rows.tokens, index, axis=-1)
     hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    head = decoder.head(model, params).astype(hidden.dtype)
+    # The head stays float32: its gradient is a sum over chunks.
+    head = decoder.head(model, params)
     logprob, entropy = token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1), config.temperature, config.logprobs
     )

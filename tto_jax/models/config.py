@@ -20,7 +20,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_size: int
-    max_position: int  # context length in tokens; longer rows are refused
+    max_position: int  # context length in tokens: no token may stand at or beyond it (checked by the settings)
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     attention_bias: bool = False
@@ -33,7 +33,8 @@ class ModelConfig:
     remat: str = "none"  # what the backward recomputes: nothing, all but matrix products, whole layers
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
+        for name in (*sizes, "max_position"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: sizes are positive integers")
         if self.num_heads % self.num_kv_heads:

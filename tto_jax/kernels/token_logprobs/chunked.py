@@ -8,12 +8,19 @@ import jax.numpy as jnp
 from tto_jax.core.types import Array
 from tto_jax.kernels.token_logprobs import reference
 
-CHUNK = 2048  # tokens
+CHUNK_LOGITS = 2**25  # logits a chunk, 128 MiB in float32; a backward holds about three such arrays
+LEAST_CHUNK = 128  # tokens
 
 
-def token_logprobs(hidden: Array, head: Array, target: Array, temperature: float, chunk: int = CHUNK):
-    """As the reference. The head's gradient accumulates in the head's dtype over the scan: keep it float32."""
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens a chunk, for a vocabulary of this size."""
+    return max(LEAST_CHUNK, CHUNK_LOGITS // vocabulary)
+
+
+def token_logprobs(hidden: Array, head: Array, target: Array, temperature: float, chunk: int | None = None):
+    """As the reference. The head's gradient accumulates in the head's dtype over the scan: give it in float32."""
     tokens, width = hidden.shape
+    chunk = chunk or chunk_tokens(head.shape[1])
     if tokens <= chunk:
         return _chunk(temperature)(hidden, head, target)
     pad = -tokens % chunk
