@@ -82,6 +82,11 @@ def evaluation_batches(
     return _evaluation_batches(source, tokenizer, batch_size, prompt_pad)
 
 
+def demonstration_length(task: Task) -> int:
+    """Most tokens of a warm-start example: prompt, thinking, `</think>`, the elicitation's word, answer."""
+    return task.max_prompt_tokens + task.max_trace_tokens + 2 + task.max_answer_tokens
+
+
 def demonstration_batch(
     task: Task, tokenizer: Tokenizer, seed: int, step: int, batch_size: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,9 @@
 """What a training step says of itself: numbers for metrics.jsonl and traces in readable text. On the host, in numpy."""
 
+import jax
 import numpy as np
 
+from tto_jax.core import anytime
 from tto_jax.core.types import Answers, Credit, Scores, Traces
 from tto_jax.settings import Settings
 
@@ -9,8 +11,7 @@ from tto_jax.settings import Settings
 def rollout_metrics(scores: Scores, traces: Traces, forks: np.ndarray, budgets: np.ndarray) -> dict:
     """Scores, format, unfinished, overthinking at every budget; length by correctness; groups without signal."""
     forks = forks.reshape(scores.correct.shape[:3])
-    pooled = _pooled(scores.correct.mean(axis=-1), forks)
-    best_before = np.maximum.accumulate(pooled, axis=-1)
+    overthinking = jax.device_get(_overthinking_rate(scores.correct, forks))
     length = traces.length.reshape(forks.shape[:2])
     finished = (traces.ended.reshape(forks.shape[:2]))[..., None] & (length[..., None] <= budgets)
     row = {}
@@ -18,7 +19,7 @@ def rollout_metrics(scores: Scores, traces: Traces, forks: np.ndarray, budgets: 
         row[f"score/{budget}"] = scores.correct[:, :, s].mean()
         row[f"formatted/{budget}"] = scores.formatted[:, :, s].mean()
         row[f"unfinished/{budget}"] = 1.0 - finished[:, :, s].mean()
-        row[f"overthinking/{budget}"] = (best_before[..., s] > pooled[..., s]).mean()
+        row[f"overthinking/{budget}"] = overthinking[s]
     right = scores.correct[:, :, -1].mean(axis=-1) > 0.5
     flat = scores.correct.reshape(scores.correct.shape[0], -1)
     return row | {
@@ -101,10 +102,7 @@ def samples(
     return found
 
 
-def _pooled(mean_score, forks):
-    """J[b,g,s]: mean over the columns that share a fork."""
-    same = forks[..., :, None] == forks[..., None, :]
-    return (same * mean_score[..., None, :]).sum(axis=-1) / same.sum(axis=-1)
+_overthinking_rate = jax.jit(anytime.overthinking_rate)
 
 
 def _mean_of_known(values):

@@ -8,7 +8,7 @@ import numpy as np
 
 from tto_jax import data, grading, rollout
 from tto_jax.core import anytime
-from tto_jax.core.budgets import BudgetSchedule, forks_at_budgets
+from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
 
@@ -51,7 +51,7 @@ def evaluate(
     for batch in data.evaluation_batches(source, settings.tokenizer, min(BATCH, problems), settings.prompt_pad):
         prompts = jax.device_put(batch.prompts)
         traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key)
-        forks = _forks(traces.length, schedule)
+        forks = rollout.cut(traces.length, schedule)
         sampled = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
         traces, forks, sampled = jax.device_get((traces, forks, sampled))
         scores = grading.grade(settings.task, settings.tokenizer, batch.problems, traces, forks, sampled)
@@ -69,9 +69,6 @@ def evaluate(
         on_batch(sum(len(x[0]) for x in parts))
     *arrays, tokens = (np.concatenate(column) for column in zip(*parts))
     return Evaluation(*arrays, tokens=int(tokens.sum()))
-
-
-_forks = jax.jit(forks_at_budgets)
 
 
 def summarize(result: Evaluation, budgets: tuple[int, ...], seed: int) -> dict:

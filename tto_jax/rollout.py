@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tto_jax.core import sampling
+from tto_jax.core import budgets, sampling
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.core.types import Answers, Array, Prompts, Traces, pytree
 from tto_jax.models import decoder
@@ -175,6 +175,9 @@ def _sample_rows(logits, keys, position, options):
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
     draw = functools.partial(sampling.sample, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     return jax.vmap(draw)(logits, uniform)
+
+
+cut = jax.jit(budgets.forks_at_budgets)  # between the two: lengths i32[N], schedule -> forks i32[N,S]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tto_jax import tasks
+from tto_jax import data, tasks
 from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
@@ -209,6 +209,12 @@ def _check(settings: Settings, config) -> None:
         )
     _check_context("budgets.tokens", settings, tuple(config.budgets.tokens))
     _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets))
+    context, longest = settings.model.max_position, data.demonstration_length(settings.task)
+    if longest > context:
+        raise ValueError(
+            f"model.max_position={context}: demonstrations of {settings.task.name} have up to {longest} tokens; "
+            f"choose at least {longest}"
+        )
 
 
 def _check_context(name: str, settings: Settings, budgets: tuple[int, ...]) -> None:
@@ -222,10 +228,4 @@ def _check_context(name: str, settings: Settings, budgets: tuple[int, ...]) -> N
         raise ValueError(
             f"{name}={budgets}: prompt and answer ({around} tokens) and the last budget exceed "
             f"model.max_position={context}; choose a last budget of at most {context - around}"
-        )
-    longest = settings.task.max_prompt_tokens + settings.task.max_trace_tokens + 2 + settings.task.max_answer_tokens
-    if longest > context:
-        raise ValueError(
-            f"model.max_position={context}: demonstrations of {settings.task.name} have up to {longest} tokens; "
-            f"choose at least {longest}"
         )

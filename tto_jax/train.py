@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from tto_jax import checkpoint, data, diagnostics, evaluation, grading, host, learner, rollout, settings, warm_start
 from tto_jax.core import credit, rewards, token_tree
-from tto_jax.core.budgets import forks_at_budgets
 from tto_jax.metrics import MetricsWriter, Progress
 from tto_jax.settings import Settings
 
@@ -56,77 +55,77 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
     state = learner.init_state(jax.tree.map(jnp.copy, initial), plan.optimizer)
     source = data.ProblemSource(plan.task, "train", config.data.problems)
     batches = data.problem_batches(source, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed)
-    saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
-    begin, totals = 0, {"tokens": 0, "seconds": 0.0}
-    if (step := saved.latest_step()) is not None:
-        state, extra = saved.restore(step, state)
-        batches.set_state(extra["cursor"])
-        begin, totals = step, extra["totals"]
-    writer = MetricsWriter(workdir, resume_step=begin if begin else -1)
-    progress = Progress(plan.steps, initial=begin)
-    if begin == 0:
-        evaluate_row(config, plan, state.params, writer, 0, totals)
+    # Whatever ends the loop, a save in flight is finished first.
+    with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as saved:
+        begin, totals = 0, {"tokens": 0, "seconds": 0.0}
+        if (step := saved.latest_step()) is not None:
+            state, extra = saved.restore(step, state)
+            batches.set_state(extra["cursor"])
+            begin, totals = step, extra["totals"]
+        writer = MetricsWriter(workdir, resume_step=begin if begin else -1)
+        progress = Progress(plan.steps, initial=begin)
+        if begin == 0:
+            evaluate_row(config, plan, state.params, writer, 0, totals)
 
-    for step in range(begin + 1, plan.steps + 1):
-        clock = Clock()
-        batch = next(batches)
-        prompts = jax.device_put(batch.prompts)
-        key = jax.random.fold_in(jax.random.key(plan.seed), step)
+        for step in range(begin + 1, plan.steps + 1):
+            clock = Clock()
+            batch = next(batches)
+            prompts = jax.device_put(batch.prompts)
+            key = jax.random.fold_in(jax.random.key(plan.seed), step)
 
-        # Nothing crosses between host and device but what is named: a transfer by accident is an error.
-        with jax.transfer_guard("disallow"):
-            # Think, cut, answer.
-            traces, trunk = rollout.sample_traces(plan.model, plan.rollout, state.params, prompts, key)
-            forks = cut(traces.length, plan.schedule)
-            clock.mark("think", traces)
-            answers = rollout.sample_answers(plan.model, plan.rollout, state.params, trunk, traces, forks, key)
-            clock.mark("answer", answers)
+            # Nothing crosses between host and device but what is named: a transfer by accident is an error.
+            with jax.transfer_guard("disallow"):
+                # Think, cut, answer.
+                traces, trunk = rollout.sample_traces(plan.model, plan.rollout, state.params, prompts, key)
+                forks = rollout.cut(traces.length, plan.schedule)
+                clock.mark("think", traces)
+                answers = rollout.sample_answers(plan.model, plan.rollout, state.params, trunk, traces, forks, key)
+                clock.mark("answer", answers)
 
-            # Grade on the host, turn scores into credit, pack trees.
-            seen = jax.device_get((traces, forks, answers))
-            scores = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
-            clock.mark("grade")
-            correct = jax.device_put(scores.correct)
-            rows, earned, baselines = credit_and_pack(
-                plan.credit, plan.schedule, prompts, traces, answers, forks, correct
-            )
-            clock.mark("credit", rows)
+                # Grade on the host, turn scores into credit, pack trees.
+                seen = jax.device_get((traces, forks, answers))
+                scores = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
+                clock.mark("grade")
+                correct = jax.device_put(scores.correct)
+                rows, earned, baselines = credit_and_pack(
+                    plan.credit, plan.schedule, prompts, traces, answers, forks, correct
+                )
+                clock.mark("credit", rows)
 
-            # Old log-probs by the trainer, then one optimizer step a minibatch.
-            old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
-            rows = dataclasses.replace(rows, old_logprob=old)
-            if reference is not None:
-                ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
-                rows = dataclasses.replace(rows, ref_logprob=ref)
-            clock.mark("score", rows)
-            updates = []
-            for index in range(plan.minibatches):
-                part = learner.minibatch(rows, plan.minibatches, jax.device_put(np.int32(index)))
-                state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
-                updates.append(update)
-            clock.mark("update", state)
-            updates, earned, baselines, tokens = jax.device_get(
-                (updates, earned, baselines, (rows.loss_mask, rows.branch, rows.sampler_logprob, old, entropy))
-            )
+                # Old log-probs by the trainer, then one optimizer step a minibatch.
+                old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
+                rows = dataclasses.replace(rows, old_logprob=old)
+                if reference is not None:
+                    ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
+                    rows = dataclasses.replace(rows, ref_logprob=ref)
+                clock.mark("score", rows)
+                updates = []
+                for index in range(plan.minibatches):
+                    part = learner.minibatch(rows, plan.minibatches, jax.device_put(np.int32(index)))
+                    state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
+                    updates.append(update)
+                clock.mark("update", state)
+                updates, earned, baselines, tokens = jax.device_get(
+                    (updates, earned, baselines, (rows.loss_mask, rows.branch, rows.sampler_logprob, old, entropy))
+                )
 
-        # Say what happened.
-        totals = {"tokens": totals["tokens"] + int(tokens[0].sum()), "seconds": totals["seconds"] + clock.total()}
-        row = diagnostics.rollout_metrics(scores, seen[0], seen[1], np.asarray(plan.schedule.tokens))
-        row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.token_metrics(*tokens)
-        row |= diagnostics.update_metrics(updates) | totals | clock.seconds()
-        writer.write(step, row)
-        progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
-        if step % config.log.samples_every == 0:
-            shown = diagnostics.samples(plan, batch.problems, *seen, scores, earned, count=config.log.samples)
-            writer.write_samples(step, shown)
-        if step % config.evaluation.every == 0:
-            evaluate_row(config, plan, state.params, writer, step, totals)
-        if step % config.checkpoint.every == 0 or step == plan.steps:
-            writer.flush()
-            saved.save(step, state, {"cursor": batches.get_state(), "totals": totals})
-    progress.close()
-    writer.close()
-    saved.close()
+            # Say what happened.
+            totals = {"tokens": totals["tokens"] + int(tokens[0].sum()), "seconds": totals["seconds"] + clock.total()}
+            row = diagnostics.rollout_metrics(scores, seen[0], seen[1], np.asarray(plan.schedule.tokens))
+            row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.token_metrics(*tokens)
+            row |= diagnostics.update_metrics(updates) | totals | clock.seconds()
+            writer.write(step, row)
+            progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
+            if step % config.log.samples_every == 0:
+                shown = diagnostics.samples(plan, batch.problems, *seen, scores, earned, count=config.log.samples)
+                writer.write_samples(step, shown)
+            if step % config.evaluation.every == 0:
+                evaluate_row(config, plan, state.params, writer, step, totals)
+            if step % config.checkpoint.every == 0 or step == plan.steps:
+                writer.flush()
+                saved.save(step, state, {"cursor": batches.get_state(), "totals": totals})
+        progress.close()
+        writer.close()
 
 
 def resumable(plan: Settings) -> tuple[str, ...]:
@@ -148,9 +147,6 @@ def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
     weight = config.answer_weights(schedule, correct.shape[-1])
     rows = token_tree.pack(prompts, traces, answers, forks, earned, weight, config.one_token_answers)
     return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
-
-
-cut = jax.jit(forks_at_budgets)
 
 
 def evaluate_row(config, plan, params, writer, step, totals) -> None:

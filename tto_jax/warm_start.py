@@ -41,7 +41,7 @@ def train(warm, settings: Settings) -> Params:
     if warm.steps < 1 or warm.batch_size < 1:
         raise ValueError(f"warm_start.steps={warm.steps}, batch_size={warm.batch_size}: both must be at least 1")
     task = settings.task
-    length = task.max_prompt_tokens + task.max_trace_tokens + 2 + task.max_answer_tokens
+    length = data.demonstration_length(task)
     optimizer = OptimizerConfig(**warm.optimizer.to_dict(), decay_steps=warm.steps)
     loss = LossConfig(num_targets=length - 1, num_states=length - 1, constant=1.0, micro_rows=warm.micro_rows)
     state = learner.init_state(decoder.init_params(settings.model, warm.seed), optimizer)
