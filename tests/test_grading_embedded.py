@@ -11,7 +11,7 @@ from tto_jax.grading import grade
 from tto_jax.tokenizer import Tokenizer
 
 PEAK, CHAIN2 = tasks.get("peak"), tasks.get("chain", answer_digits=2)
-SEVEN = tasks.Problem(id=1, prompt="", answer="7")
+SEVEN = tasks.Problem(id=1, prompt="", answers=("7",))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_reward_rule(tokenizer, trace, eos, fork, inserted, sampled, correct, fo
 def test_eos_of_an_answer(sampled, ended, correct, formatted):
     words = Tokenizer.from_task(CHAIN2)
     arrays = make(words, [[[("a 7", False, 2, CUT, sampled, ended)]]])
-    scores = grade(CHAIN2, words, [tasks.Problem(id=1, prompt="", answer="4 7")], *arrays)
+    scores = grade(CHAIN2, words, [tasks.Problem(id=1, prompt="", answers=("4 7",))], *arrays)
     assert scores.correct.item() == correct and scores.formatted.item() == formatted
 
 
@@ -109,7 +109,7 @@ def random_rows(tokenizer, rng, n, s, a):
 
 def test_equals_a_loop_over_texts(tokenizer):
     rng = np.random.default_rng(0)
-    problems = [dataclasses.replace(SEVEN, answer=answer) for answer in ("7", "3", "7")]
+    problems = [dataclasses.replace(SEVEN, answers=(answer,)) for answer in ("7", "3", "7")]
     group, s, a = 8, 3, 5
     rows = random_rows(tokenizer, rng, len(problems) * group, s, a)
     arrays = make(tokenizer, rows, pad=tokenizer.think_end_id)
@@ -118,7 +118,7 @@ def test_equals_a_loop_over_texts(tokenizer):
         trace, eos, fork, inserted, sampled, _ = rows[b * group + g][j][k]
         words = trace.split()[:fork] + inserted.split() + sampled.split()
         fine = words.count("</think>") == 1 and not (eos and fork == len(trace.split()))
-        assert scores.correct[b, g, j, k] == (fine and sampled == problems[b].answer)
+        assert scores.correct[b, g, j, k] == (fine and sampled == problems[b].answers[0])
         assert scores.formatted[b, g, j, k] == (fine and sampled in ("3", "7"))
     assert 0.02 < scores.correct.mean() < scores.formatted.mean() < 0.9
 

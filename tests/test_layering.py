@@ -15,21 +15,23 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     "tto_jax.core": 0,
     "tto_jax.kernels": 1,
     "tto_jax.tasks": 1,
+    "tto_jax.verifier": 1,
     "tto_jax.models": 2,
     "tto_jax.sharding": 2,
     "tto_jax.rollout": 3,
     "tto_jax.learner": 3,
     **dict.fromkeys((f"tto_jax.{name}" for name in ("tokenizer", "grading", "data", "checkpoint", "metrics")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("evaluation", "diagnostics", "settings", "warm_start", "host")), 4),
-    "tto_jax.distributed": 4,
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("distributed", "math_task", "pretrained", "problem_sets")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu")), 5),
-    "tto_jax.convert": 5,
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data")), 5),
 }
 ONLY = {  # what these may import beside the standard library
     "tto_jax": (),
     "tto_jax.core": ("jax", "numpy", "chex", "tto_jax.core"),
     "tto_jax.kernels": ("jax", "numpy", "chex", "tto_jax.core", "tto_jax.kernels"),
     "tto_jax.tasks": ("numpy", "tto_jax.tasks"),
+    "tto_jax.verifier": ("math_verify", "latex2sympy2_extended", "sympy", "tto_jax.verifier"),
 }
 
 

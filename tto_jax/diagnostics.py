@@ -98,7 +98,7 @@ def samples(
                 }
             )
         problem = problems[b]
-        found.append({"prompt": problem.prompt, "reference": problem.answer, "blocks": blocks})
+        found.append({"prompt": problem.prompt, "reference": list(problem.answers), "blocks": blocks})
     return found
 
 

@@ -64,8 +64,8 @@ def test_answers_are_right_and_words_are_known(task):
     for split in tasks.SPLITS:
         for i in range(1000):
             problem = task.problem(i, split)
-            assert problem.answer == solve(task, problem.prompt)
-            assert task.is_correct(problem.answer, problem) and task.is_formatted(problem.answer)
+            assert problem.answers == (solve(task, problem.prompt),)
+            assert task.is_correct(problem.answers[0], problem) and task.is_formatted(problem.answers[0])
             assert tasks.split_of(problem.prompt) == split
             assert problem.id == tasks.prompt_id(problem.prompt) and 0 <= problem.id < 2**32
             words = problem.prompt.split()
@@ -109,7 +109,7 @@ def test_sizes():
         assert (task.elicit_ended, task.elicit_cut) == ("ANS", "</think> ANS")
     small = tasks.get("peak", num_values=4)
     assert small.max_prompt_tokens == 14 and len(small.vocabulary) == 27
-    assert solve(small, small.problem(0, "train").prompt) == small.problem(0, "train").answer
+    assert solve(small, small.problem(0, "train").prompt) == small.problem(0, "train").answers[0]
 
 
 def test_peak_problem_distribution():
@@ -278,7 +278,7 @@ def test_mixture_fields_are_used():
 
 
 def test_answer_form():
-    problem = tasks.Problem(id=0, prompt="", answer="4 7")
+    problem = tasks.Problem(id=0, prompt="", answers=("4 7",))
     assert CHAIN2.is_correct(" 4 7 ", problem) and not CHAIN2.is_correct("7 4", problem)
     for text in ("", "4", "4 7 1", "4 a", "47"):
         assert not CHAIN2.is_formatted(text) and not CHAIN2.is_correct(text, problem)

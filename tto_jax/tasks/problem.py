@@ -16,7 +16,7 @@ class Problem:
 
     id: int  # u32, a hash of the prompt: the same on every host and in every run
     prompt: str
-    answer: str
+    answers: tuple[str, ...]  # any of them is right
 
 
 @dataclasses.dataclass(frozen=True)

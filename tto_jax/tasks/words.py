@@ -57,15 +57,15 @@ class WordTask(abc.ABC):
             prompt, answer = self.draw(rng)
             problem_id = prompt_id(prompt)
             if split_of_id(problem_id) == split:
-                return Problem(id=problem_id, prompt=prompt, answer=answer)
+                return Problem(id=problem_id, prompt=prompt, answers=(answer,))
 
     def problem(self, index: int, split: str) -> Problem:
         """Problem `index` of a split; always the same one."""
         return self.sample(np.random.default_rng([self.seed, index]), split)
 
     def is_correct(self, answer_text: str, problem: Problem) -> bool:
-        """Whether the answer's words are the problem's."""
-        return answer_text.split() == problem.answer.split()
+        """Whether the answer's words are those of one of the problem's answers."""
+        return answer_text.split() in [answer.split() for answer in problem.answers]
 
     def is_formatted(self, answer_text: str) -> bool:
         """Whether the answer is the right number of digits and nothing else."""
