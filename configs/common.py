@@ -1,6 +1,6 @@
-"""What the embedded experiments share. Every default stands here or in the experiment's file, once."""
+"""What the experiments share. Every default stands here or in the experiment's file, once."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 ALGORITHMS = {
     # name: (estimator, prior, answers credit, all budgets, answers a fork, length penalty)
@@ -13,51 +13,101 @@ ALGORITHMS = {
     "grpo_length": ("grpo", "base", "grpo", False, 1, 0.5),
     "grpo_answers": ("grpo", "base", "brpo", True, 4, 0.0),
 }
+# Ablations of the paper that only the experiments with pretrained models have.
+ABLATIONS = {
+    "grpo_linear": ("group", "linear", "grpo", True, 1, 0.0),
+    "grpo_vr": ("brpo", "base", "grpo", True, 1, 0.0),
+}
 MODIFIERS = ("fast", "two_digits")
 
 
 def base(variant: str, budgets: tuple[int, ...]) -> ConfigDict:
-    """A configuration without task, sizes of the run and evaluation budgets."""
+    """An embedded experiment without task, sizes of the run and evaluation budgets."""
     words = variant.split(",")
     named = [word for word in words if word not in MODIFIERS]
     if len(named) > 1 or any(word not in ALGORITHMS for word in named):
         raise ValueError(
             f"variant {variant!r}: choose one of {tuple(ALGORITHMS)}, then any of {MODIFIERS}, with commas"
         )
-    estimator, prior, answers, all_budgets, number, penalty = ALGORITHMS[named[0] if named else "brpo"]
+    config = algorithm(variant, named[0] if named else "brpo", budgets)
+    config.data = ConfigDict({"problems": 16_384})  # of the training split; an epoch
+    config.model = ConfigDict(
+        {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "head_dim": 16,
+            "mlp_size": 192,
+            "max_position": 128,
+            "rope_theta": 100.0,
+            "norm_eps": 1e-6,
+            "attention_bias": True,
+            "qk_norm": True,
+            "tie_embeddings": False,
+            "learned_positions": True,
+            "dtype": "float32",
+            "remat": "none",
+        }
+    )
+    config.warm_start = ConfigDict(
+        {
+            "seed": 0,
+            "steps": 1,
+            "batch_size": 32,
+            "micro_rows": 8,
+            "cache": "",  # a folder shared by runs; empty: beside the workdir
+            "optimizer": _optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=50, b2=0.98),
+        }
+    )
+    config.rollout.problems = 32
+    config.learner.micro_rows = 16  # rows at a time in the backward; on a CPU they then fit in its cache
+    config.learner.optimizer = ConfigDict(_optimizer(learning_rate=1e-3, warmup_steps=5, b2=0.95))
+    config.evaluation.update({"every": 20, "problems": 256, "final_problems": 1024, "answers": 8})
+    config.checkpoint.every = 20
+    return config
+
+
+def pretrained(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
+    """An experiment on math problems that starts from a pretrained model."""
+    config = algorithm(variant, name, budgets)
+    config.init = ""  # the model to start from: a Hugging Face directory or a converted checkpoint
+    config.model = ConfigDict({"dtype": "bfloat16", "remat": "full"})
+    for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+        config.model[size] = config_dict.placeholder(int)  # as in `init`; where given, `init` must agree
+    config.model.max_position = config_dict.placeholder(int)
+    config.model.update({"rope_theta": config_dict.placeholder(float), "norm_eps": config_dict.placeholder(float)})
+    for option in ("attention_bias", "qk_norm", "tie_embeddings"):
+        config.model[option] = config_dict.placeholder(bool)
+    config.data = ConfigDict({"train": "", "eval": ()})  # sets made by `python -m tto_jax.prepare_data`
+    config.task = ConfigDict(
+        {
+            "name": "math",
+            "max_prompt_tokens": 1024,  # problems with longer prompts are left out
+            "max_answer_tokens": 118,  # sampled after the insertion, as in the released code
+            "elicit_tokens": 8,  # of the longest insertion; used only while there is no tokenizer to ask
+            "prompting": {"style": "anytime"},  # or mrt; a string that is None is the style's own
+            "verifier": {"workers": 0, "cpu_seconds": 2.0, "wall_seconds": 20.0, "memory_mb": 1024},  # 0: one a core
+        }
+    )
+    for text in ("instruction", "system", "think_start", "think_end", "elicit_ended", "elicit_cut", "paragraph"):
+        config.task.prompting[text] = config_dict.placeholder(str)
+    config.learner.micro_rows = 8
+    config.evaluation.update({"final_problems": 1_000_000, "temperature": 0.6, "every": 100, "traces": 4})
+    config.checkpoint.every = 50
+    return config
+
+
+def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
+    """What every experiment has, and the credit of algorithm `name` of ALGORITHMS or ABLATIONS."""
+    estimator, prior, answers, all_budgets, number, penalty = (ALGORITHMS | ABLATIONS)[name]
     return ConfigDict(
         {
             "variant": variant,
             "seed": 0,
             "steps": 1,
-            "data": {"problems": 16_384},  # of the training split; an epoch
-            "model": {
-                "hidden_size": 64,
-                "num_layers": 2,
-                "num_heads": 4,
-                "num_kv_heads": 4,
-                "head_dim": 16,
-                "mlp_size": 192,
-                "max_position": 128,
-                "rope_theta": 100.0,
-                "norm_eps": 1e-6,
-                "attention_bias": True,
-                "qk_norm": True,
-                "tie_embeddings": False,
-                "learned_positions": True,
-                "dtype": "float32",
-                "remat": "none",
-            },
-            "warm_start": {
-                "seed": 0,
-                "steps": 1,
-                "batch_size": 32,
-                "micro_rows": 8,
-                "cache": "",  # a folder shared by runs; empty: beside the workdir
-                "optimizer": _optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=50, b2=0.98),
-            },
             "budgets": {"tokens": budgets if all_budgets else budgets[-1:], "prior": prior},
-            "rollout": {"problems": 32, "group_size": 8, "answers": number, "temperature": 1.0, "segment": 256},
+            "rollout": {"problems": 64, "group_size": 8, "answers": number, "temperature": 1.0, "segment": 256},
             "credit": {
                 "estimator": {
                     "kind": estimator,
@@ -73,21 +123,23 @@ def base(variant: str, budgets: tuple[int, ...]) -> ConfigDict:
             },
             "learner": {
                 "minibatches": 2,
-                "micro_rows": 16,  # rows at a time in the backward; on a CPU they then fit in its cache
+                "micro_rows": 0,  # rows whose gradient is computed at a time; 0: the whole minibatch
                 "clip_low": 0.2,
                 "clip_high": 0.2,
                 "kl": 0.0,
                 "kl_estimator": "k3",
                 "normalizer": "constant",  # loss / (rows * tokens_per_row); "released": rows * padded response length
                 "tokens_per_row": 1,
-                "optimizer": _optimizer(learning_rate=1e-3, warmup_steps=5, b2=0.95),
+                "optimizer": _optimizer(learning_rate=1e-6, weight_decay=0.01),
             },
             "evaluation": {
                 "every": 20,
-                "problems": 256,
-                "final_problems": 1024,
+                "problems": 32,  # of each set, while training; 0: none
+                "final_problems": 1024,  # by `python -m tto_jax.evaluate`
                 "budgets": budgets,
-                "answers": 8,
+                "traces": 1,
+                "answers": 1,
+                "temperature": 1.0,
                 "seed": 0,
             },
             "checkpoint": {"every": 20, "keep": 2},

@@ -1,11 +1,13 @@
 import collections
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
 
-from tto_jax import data, tasks
+from tto_jax import data, problem_files, problem_sets, tasks
+from tto_jax.tasks import prompting
 from tto_jax.tokenizer import Tokenizer
 
 PEAK = tasks.get("peak")
@@ -16,8 +18,15 @@ def tokenizer():
     return Tokenizer.from_task(PEAK)
 
 
-def batches(tokenizer, size, batch_size, seed=0):
-    return data.problem_batches(data.ProblemSource(PEAK, "train", size), tokenizer, batch_size, 30, seed)
+@pytest.fixture(scope="module")
+def chain():
+    """Prompts of several lengths, and their tokenizer."""
+    task = tasks.get("chain")
+    return data.ProblemSource(task, "train", 2500), Tokenizer.from_task(task)
+
+
+def batches(tokenizer, size, batch_size, seed=0, shard=(0, 1)):
+    return data.problem_batches(data.ProblemSource(PEAK, "train", size), tokenizer, batch_size, 30, seed, shard)
 
 
 def ids(iterator, count):
@@ -77,6 +86,114 @@ def test_resumes_exactly(tokenizer, size):
         ids(iterator, 1)  # a state can also be set back
         iterator.set_state(state)
         assert ids(iterator, 9 - taken) == expected[taken:]
+
+
+@pytest.mark.parametrize("size", [50, 10])
+def test_shards_together_are_the_batch_of_one_host(tokenizer, size):
+    """In order, at every step, after a resume, and after a resume with another number of hosts."""
+    whole = list(itertools.islice(batches(tokenizer, size, 8), 6))
+    states = {}
+    for count in (1, 2, 4):
+        hosts = [batches(tokenizer, size, 8, shard=(index, count)) for index in range(count)]
+        for step, expected in enumerate(whole[:4]):
+            assert all(host.get_state() == states.setdefault(step, host.get_state()) for host in hosts)
+            parts = [next(host) for host in hosts]
+            assert [len(part.problems) for part in parts] == [8 // count] * count
+            assert sum((part.problems for part in parts), ()) == expected.problems
+            for name in ("tokens", "length", "id"):
+                joined = np.concatenate([getattr(part.prompts, name) for part in parts])
+                np.testing.assert_array_equal(joined, getattr(expected.prompts, name))
+    state = json.loads(json.dumps(states[3]))
+    for count in (4, 1, 2):
+        hosts = [batches(tokenizer, size, 8, shard=(index, count)) for index in range(count)]
+        for host in hosts:
+            host.set_state(state)
+        for expected in whole[3:]:
+            assert sum((next(host).problems for host in hosts), ()) == expected.problems
+
+
+def test_a_host_reads_its_own_problems_only(tokenizer):
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    source = Counted(data.ProblemSource(PEAK, "train", 16))
+    iterator = data.problem_batches(source, tokenizer, 8, 30, 0, (1, 4))
+    ids(iterator, 3)
+    assert source.read == 3 * 2
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (0, 3)])
+def test_shards_that_cannot_be(tokenizer, shard):
+    with pytest.raises(ValueError, match=rf"shard=\({shard[0]}, {shard[1]}\)|batch_size=8 .* hosts, 3"):
+        batches(tokenizer, 12, 8, shard=shard)
+
+
+def test_drop_overlong(chain):
+    source, tokenizer = chain
+    lengths = [len(problem.prompt.split()) for problem in source]
+    pad = sorted(lengths)[len(lengths) // 2]
+    assert min(lengths) < pad < max(lengths)
+    kept, dropped = data.drop_overlong(source, tokenizer, pad)
+    expected = [problem for problem, length in zip(source, lengths) if length <= pad]
+    assert list(kept) == expected and len(kept) == len(expected) == len(source) - dropped
+    assert kept[7] == expected[7] and pickle.loads(pickle.dumps(kept)) == kept
+    for index in (-1, len(kept)):
+        with pytest.raises(IndexError, match=rf"0\.\.{len(kept) - 1}"):
+            kept[index]
+    assert data.drop_overlong(source, tokenizer, max(lengths)) == (source, 0)
+    assert len(data.drop_overlong(source, tokenizer, min(lengths))[0]) == lengths.count(min(lengths))
+    with pytest.raises(ValueError, match=rf"prompt_pad=2: none of the 2500 prompts fits.* {min(lengths)} tokens"):
+        data.drop_overlong(source, tokenizer, 2)
+    # What is kept fits: an epoch of it holds all of it.
+    stream = ids(data.problem_batches(kept, tokenizer, len(kept), pad, 0), 1)
+    assert sorted(stream[0]) == sorted(problem.id for problem in expected)
+
+
+def test_sources_without_problems(tokenizer):
+    with pytest.raises(ValueError, match="no problems"):
+        data.drop_overlong([], tokenizer, 8)
+    with pytest.raises(ValueError, match="no problems"):
+        data.problem_batches([], tokenizer, 2, 8, 0)
+
+
+@pytest.fixture(scope="module")
+def math(real_data, tmp_path_factory):
+    """A prepared set of real problems, and a real tokenizer, whose pad is its EOS."""
+    contents = problem_files.read_files([real_data / "deepscaler" / "train" / "aime.json"])
+    source = problem_sets.write_set(contents, tmp_path_factory.mktemp("sets") / "aime")
+    return source, Tokenizer.from_pretrained(real_data / "tokenizers" / "deepseek-r1", prompting.style("anytime"))
+
+
+def test_real_problems(math):
+    source, tokenizer = math
+    assert tokenizer.pad_id == tokenizer.eos_id
+    rows = {problem.id: tokenizer.encode_prompt(problem.prompt) for problem in source}
+    assert len(rows) == len(source)
+    kept, dropped = data.drop_overlong(source, tokenizer, 200)
+    assert 0 < dropped == sum(len(row) > 200 for row in rows.values())
+    assert [problem.id for problem in kept] == [problem.id for problem in source if len(rows[problem.id]) <= 200]
+    seen = []
+    for batch in data.evaluation_batches(kept, tokenizer, 64, 200):
+        prompts = batch.prompts
+        for row, length, problem in zip(prompts.tokens, prompts.length, batch.problems):
+            assert row[:length].tolist() == rows[problem.id] and (row[length:] == tokenizer.pad_id).all()
+        seen += prompts.id[batch.valid].tolist()
+    assert seen == [problem.id for problem in kept]
+
+
+def test_real_problems_resume_exactly(math):
+    source, tokenizer = math
+    kept, _ = data.drop_overlong(source, tokenizer, 200)
+    expected = ids(data.problem_batches(kept, tokenizer, 256, 200, 5), 6)
+    iterator = data.problem_batches(pickle.loads(pickle.dumps(kept)), tokenizer, 256, 200, 5)
+    ids(iterator, 2)
+    fresh = data.problem_batches(kept, tokenizer, 256, 200, 5)
+    fresh.set_state(json.loads(json.dumps(iterator.get_state())))
+    assert ids(fresh, 4) == expected[2:]
 
 
 def test_evaluation_batches(tokenizer):

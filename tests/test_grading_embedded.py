@@ -64,7 +64,7 @@ CUT, ENDED = "</think> ANS", "ANS"
 def test_reward_rule(tokenizer, trace, eos, fork, inserted, sampled, correct, formatted):
     for pad in (tokenizer.pad_id, tokenizer.think_end_id):  # padding is never looked at, whatever its value
         arrays = make(tokenizer, [[[(trace, eos, fork, inserted, sampled, False)]]], pad=pad)
-        scores = grade(PEAK, tokenizer, [SEVEN], *arrays)
+        scores = grade(PEAK, tokenizer, [SEVEN], *arrays).scores
         assert scores.correct.shape == scores.formatted.shape == (1, 1, 1, 1)
         assert (scores.correct.dtype, scores.formatted.dtype) == (np.float32, np.bool_)
         assert scores.correct.item() == correct and scores.formatted.item() == formatted
@@ -84,7 +84,7 @@ def test_reward_rule(tokenizer, trace, eos, fork, inserted, sampled, correct, fo
 def test_eos_of_an_answer(sampled, ended, correct, formatted):
     words = Tokenizer.from_task(CHAIN2)
     arrays = make(words, [[[("a 7", False, 2, CUT, sampled, ended)]]])
-    scores = grade(CHAIN2, words, [tasks.Problem(id=1, prompt="", answers=("4 7",))], *arrays)
+    scores = grade(CHAIN2, words, [tasks.Problem(id=1, prompt="", answers=("4 7",))], *arrays).scores
     assert scores.correct.item() == correct and scores.formatted.item() == formatted
 
 
@@ -113,7 +113,7 @@ def test_equals_a_loop_over_texts(tokenizer):
     group, s, a = 8, 3, 5
     rows = random_rows(tokenizer, rng, len(problems) * group, s, a)
     arrays = make(tokenizer, rows, pad=tokenizer.think_end_id)
-    scores = grade(PEAK, tokenizer, problems, *arrays)
+    scores = grade(PEAK, tokenizer, problems, *arrays).scores
     for b, g, j, k in np.ndindex(len(problems), group, s, a):
         trace, eos, fork, inserted, sampled, _ = rows[b * group + g][j][k]
         words = trace.split()[:fork] + inserted.split() + sampled.split()
@@ -129,8 +129,8 @@ def test_device_arrays_give_the_same(tokenizer):
         type(part)(**{f.name: jnp.asarray(getattr(part, f.name)) for f in dataclasses.fields(part)})
         for part in (traces, answers)
     ]
-    expected = grade(PEAK, tokenizer, [SEVEN, SEVEN], traces, forks, answers)
-    scores = grade(PEAK, tokenizer, [SEVEN, SEVEN], on_device[0], jnp.asarray(forks), on_device[1])
+    expected = grade(PEAK, tokenizer, [SEVEN, SEVEN], traces, forks, answers).scores
+    scores = grade(PEAK, tokenizer, [SEVEN, SEVEN], on_device[0], jnp.asarray(forks), on_device[1]).scores
     np.testing.assert_array_equal(scores.correct, expected.correct)
     np.testing.assert_array_equal(scores.formatted, expected.formatted)
 
@@ -141,12 +141,9 @@ class CountingTask:
     def __init__(self, task):
         self.task, self.asked = task, 0
 
-    def is_correct(self, text, problem):
-        self.asked += 1
-        return self.task.is_correct(text, problem)
-
-    def is_formatted(self, text):
-        return self.task.is_formatted(text)
+    def judge(self, items):
+        self.asked += len(items)
+        return self.task.judge(items)
 
 
 def test_4096_answers_are_quick_and_each_text_is_judged_once(tokenizer):
@@ -164,7 +161,7 @@ def test_4096_answers_are_quick_and_each_text_is_judged_once(tokenizer):
     task, seconds = CountingTask(PEAK), []
     for _ in range(5):
         start = time.perf_counter()
-        scores = grade(task, tokenizer, problems, traces, forks, answers)
+        scores = grade(task, tokenizer, problems, traces, forks, answers).scores
         seconds.append(time.perf_counter() - start)
     assert task.asked <= 5 * 320 and scores.formatted.all()
     assert 0.05 < scores.correct.mean() < 0.15

@@ -22,7 +22,14 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     "tto_jax.learner": 3,
     **dict.fromkeys((f"tto_jax.{name}" for name in ("tokenizer", "grading", "data", "checkpoint", "metrics")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("evaluation", "diagnostics", "settings", "warm_start", "host")), 4),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("distributed", "math_task", "pretrained", "problem_sets")), 4),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("completions", "summary", "comparison")), 4),
+    **dict.fromkeys(
+        (
+            f"tto_jax.{name}"
+            for name in ("distributed", "inputs", "math_task", "pretrained", "problem_files", "problem_sets")
+        ),
+        4,
+    ),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu")), 5),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data")), 5),
 }

@@ -46,6 +46,10 @@ CONFIG = RolloutConfig(
     segment=4,
 )
 ONE_TOKEN = dataclasses.replace(CONFIG, answer_cap=1, eos=-1, sample=SampleConfig(temperature=0.7))
+# Nothing is inserted after a trace that has ended (as in MRT), or nowhere.
+SILENT_END = dataclasses.replace(CONFIG, elicit_ended=())
+SILENT = dataclasses.replace(CONFIG, elicit_ended=(), elicit_cut=())
+SILENT_ONE_TOKEN = dataclasses.replace(ONE_TOKEN, elicit_ended=())
 SCHEDULE = BudgetSchedule.from_prior(BUDGETS)
 
 
@@ -70,13 +74,14 @@ def take(prompts, index):
     return jax.tree.map(lambda x: x[np.asarray(index)], prompts)
 
 
-def run(config=CONFIG, prompts=None, weights=None, step=50, schedule=SCHEDULE, model=MODEL):
-    """(traces, forks, answers) of one rollout, on the host."""
+def run(config=CONFIG, prompts=None, weights=None, step=50, schedule=SCHEDULE, model=MODEL, first_fork=None, first=0):
+    """(traces, forks, answers) of one rollout, on the host; the first column's fork may be set."""
     prompts, weights = make_prompts() if prompts is None else prompts, params() if weights is None else weights
     key = jax.random.fold_in(jax.random.key(0), step)
     prompts = jax.device_put(prompts)
-    traces, trunk = rollout.sample_traces(model, config, weights, prompts, key)
+    traces, trunk = rollout.sample_traces(model, config, weights, prompts, key, first)
     forks = forks_at_budgets(traces.length, schedule)
+    forks = forks if first_fork is None else forks.at[:, 0].set(first_fork)
     answers = rollout.sample_answers(model, config, weights, trunk, traces, forks, key)
     return jax.device_get((traces, forks, answers))
 
@@ -260,9 +265,15 @@ def assert_learner_logprobs(config, result, model=MODEL, atol=1e-5):
     np.testing.assert_allclose(np.asarray(logprob)[mask], np.asarray(rows.sampler_logprob)[mask], atol=atol)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ONE_TOKEN], ids=["answers", "one-token-tempered"])
-def test_recorded_logprobs_are_the_models_and_the_learners(config):
-    result = base(config)
+@pytest.mark.parametrize(
+    ("config", "first_fork"),
+    [(CONFIG, None), (ONE_TOKEN, None), (CONFIG, 0), (SILENT_END, None), (SILENT, 0), (SILENT_ONE_TOKEN, 0)],
+    ids=["answers", "one-token-tempered", "no-thinking", "silent-end", "silent-no-thinking", "silent-one-token"],
+)
+def test_recorded_logprobs_are_the_models_and_the_learners(config, first_fork):
+    result = base(config) if first_fork is None else run(config, first_fork=first_fork)
+    if config in (SILENT_END, SILENT, SILENT_ONE_TOKEN):
+        assert (result[2].forced == 0).any()
     assert_plain_logprobs(result, config.sample.temperature)
     assert_learner_logprobs(config, result)
 
@@ -308,6 +319,12 @@ def test_fewer_problems_and_columns_more_traces_and_answers_other_segments_and_a
     )
 
 
+def test_traces_in_parts():
+    half = dataclasses.replace(CONFIG, group_size=G // 2)
+    parts = [by_problem(run(half, first=first), group=G // 2) for first in (0, G // 2)]
+    assert_same_rollout(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts), by_problem(base()))
+
+
 # When the host stops.
 
 
@@ -345,8 +362,6 @@ def test_no_segment_runs_after_all_traces_have_ended(token, segments, monkeypatc
     [
         *(({name: 0}, rf"rollout\.{name}=0") for name in ("group_size", "trace_pad", "answers", "answer_cap")),
         ({"segment": -1}, r"rollout\.segment=-1"),
-        ({"elicit_ended": ()}, r"elicit_ended=\(\)"),
-        ({"elicit_cut": ()}, r"elicit_cut=\(\)"),
     ],
     ids=str,
 )

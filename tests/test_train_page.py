@@ -1,6 +1,7 @@
 """The training page at its smallest: what it writes, that it resumes bitwise, that it compiles once."""
 
 import ast
+import dataclasses
 import itertools
 import json
 import os
@@ -226,8 +227,9 @@ def test_equal_scores_teach_nothing(base, monkeypatch):
     grade = train.grading.grade
 
     def all_right(*arguments):
-        scores = grade(*arguments)
-        return type(scores)(correct=np.ones_like(scores.correct), formatted=scores.formatted)
+        graded = grade(*arguments)
+        scores = dataclasses.replace(graded.scores, correct=np.ones_like(graded.scores.correct))
+        return dataclasses.replace(graded, scores=scores)
 
     monkeypatch.setattr(train.grading, "grade", all_right)
     workdir = run(base / "equal", steps=2, evaluation__every=100)
@@ -249,7 +251,7 @@ def test_samples_are_readable(whole):
     assert text.count("==== step") == len(samples)
     for sample in samples:
         assert re.fullmatch(r"<s> ((HI|lo) \d \S+ ){3}<think>", sample["prompt"])
-        assert sample["prompt"] in text and re.fullmatch(r"\d", sample["reference"])
+        assert sample["prompt"] in text and re.fullmatch(r"\d", sample["reference"][0])
         assert len(sample["blocks"]) == 2
         for block, (begin, end) in zip(sample["blocks"], ((0, 3), (3, 6))):
             first, last = (int(x) for x in block["tokens"].split("-"))
@@ -258,7 +260,7 @@ def test_samples_are_readable(whole):
             assert (block["advantage"] is None) == (first == last)
             assert len(block["answers"]) == len(block["scores"]) == 2
             for answer, score in zip(block["answers"], block["scores"]):
-                assert score == 0 or answer == sample["reference"]
+                assert score == 0 or answer == sample["reference"][0]
 
 
 # ---------------------------------------------------------------- stop and resume
@@ -393,7 +395,7 @@ def test_every_variant_builds(module, variant):
     assert plan.task.max_trace_tokens == budgets[-1]
     assert plan.rollout.answer_cap == (3 if "two_digits" in variant else 1)
     assert plan.credit.one_token_answers == ("two_digits" not in variant)
-    assert train.describe(plan).count("\n") == 6
+    assert train.describe(plan).count("\n") == 7
 
 
 def test_headers_name_every_variant():

@@ -160,6 +160,29 @@ class Checkpointer:
         self.close()
 
 
+def restore_params(directory: epath.PathLike, like: PyTree, step: int | None = None) -> tuple[PyTree, int]:
+    """`(params, step)` of a run's checkpoint, the last one unless `step` says which; the optimizer's state is not read.
+
+    `like` is as of `Checkpointer.restore`, of the parameters alone. Nothing is written: a run may be going on.
+    Raises FileNotFoundError if there is no such checkpoint and ValueError, with all paths, if the parameters differ.
+    """
+    _quiet_orbax()
+    directory = _absolute(directory)
+    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    if not steps or (step is not None and step not in steps):
+        wanted = "No checkpoint" if step is None else f"No checkpoint of step {step}"
+        raise FileNotFoundError(f"{wanted} in {directory}; steps there: {steps if steps else 'none'}.")
+    step = steps[-1] if step is None else step
+    state = directory / str(step) / "state"
+    with ocp.Checkpointer(handler := ocp.PyTreeCheckpointHandler()) as checkpointer:
+        _check_tree(handler.metadata(state).tree["params"], like, directory / str(step))
+        item = {"params": _target(like)}
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+        restored = checkpointer.restore(state, args=args)
+    return restored["params"], step
+
+
 def save_params(directory: epath.PathLike, params: PyTree, info: dict) -> bool:
     """Writes `directory/{params,info.json}`; True if this call's parameters are the ones there now.
 

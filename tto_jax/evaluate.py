@@ -1,126 +1,298 @@
-"""Evaluate: python -m tto_jax.evaluate --workdir=RUN [--warm_start --out=DIR] [--problems=1024] [--budgets=6,12,24]
+"""Evaluate: accuracy at token budgets, pass@k, maj@k, regret and more of a model, with 95% intervals over problems.
 
-Accuracy at budgets of a run's last checkpoint (or of its warm start) with 95% intervals over problems. Writes
-OUT/evaluation/: results.json, scores.npz, curve.png. OUT is the workdir unless given.
+    python -m tto_jax.evaluate --workdir=RUN [--step=600] [--warm_start --out=DIR]
+    python -m tto_jax.evaluate --config=configs/math.py --model=DIR --data=sets/aime24,sets/math500 --out=DIR
+    python -m tto_jax.evaluate --compare RUN_A RUN_B [--out=DIR]
+
+RUN is a training run's workdir; DIR of --model a Hugging Face directory or a converted checkpoint. --budgets, --traces,
+--answers, --temperature, --seed and --problems replace what the configuration's section `evaluation` says.
+
+Writes OUT/evaluation/ (OUT is the workdir unless given): results.json, scores.npz, curve.png, options.json, and every
+completion as completions/SET/00000.jsonl.gz. An evaluation that was killed goes on when called again.
 """
 
+import dataclasses
 import io
 import json
 
 import jax
-import numpy as np
 from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from tto_jax import checkpoint, evaluation, host, learner, report, settings, warm_start
-from tto_jax.metrics import Progress
+from tto_jax import (
+    checkpoint,
+    comparison,
+    completions,
+    evaluation,
+    host,
+    inputs,
+    metrics,
+    pretrained,
+    report,
+    settings,
+    summary,
+    warm_start,
+)
 from tto_jax.models import decoder
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.", allow_override=True)
-_WARM_START = flags.DEFINE_bool("warm_start", False, "Evaluate the run's warm start; needs --out.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the last one.")
-_OUT = flags.DEFINE_string("out", None, "Where to write; default: the workdir.")
-_PROBLEMS = flags.DEFINE_integer(
-    "problems", None, "Evaluation problems; default: evaluation.final_problems.", lower_bound=1
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, for a model without a run.", lock_config=True, allow_override=True
 )
+_WORKDIR = flags.DEFINE_string("workdir", None, "A training run.", allow_override=True)
+_MODEL = flags.DEFINE_string("model", None, "With --config: the model, as config.init.")
+_WARM_START = flags.DEFINE_bool("warm_start", False, "Evaluate the run's warm start; needs --out.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run; default: the last one.")
+_DATA = flags.DEFINE_list("data", None, "Prepared sets; default: data.eval of the configuration.")
+_OUT = flags.DEFINE_string("out", None, "Where to write; default: the workdir.")
 _BUDGETS = flags.DEFINE_list("budgets", None, "Token budgets; default: evaluation.budgets.")
+_TRACES = flags.DEFINE_integer("traces", None, "Traces of each problem, n; default: evaluation.traces.", lower_bound=1)
 _ANSWERS = flags.DEFINE_integer("answers", None, "Answers at each budget; default: evaluation.answers.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "Of traces and answers; default: evaluation.temperature.")
 _SEED = flags.DEFINE_integer("seed", None, "Of the sampled traces and answers; default: evaluation.seed.")
+_PROBLEMS = flags.DEFINE_integer(
+    "problems", None, "Problems of each set; default: evaluation.final_problems.", lower_bound=1
+)
+_ROWS = flags.DEFINE_integer(
+    "rows",
+    None,
+    "Most traces of one rollout; default: what takes half of the device's memory, at most 256.",
+    lower_bound=1,
+)
+_REGRET = flags.DEFINE_list("regret_tokens", None, "Where normalised regret is taken; default: the last budget.")
+_COMPARE = flags.DEFINE_bool("compare", False, "Compare two evaluated runs, given as arguments.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is evaluated, before it is loaded."""
+
+    config: ConfigDict  # with this evaluation's options
+    identity: str  # hash of the configuration as it was given
+    variant: str
+    workdir: epath.Path | None  # None: a model without a run
 
 
 def main(argv):
     """The page."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option is a flag, such as --problems=256")
+    if _COMPARE.value:
+        compare(argv[1:])
+        return
+    check_usage(argv)
     host.set_up()
-    workdir = epath.Path(_WORKDIR.value)
-    if _WARM_START.value and not _OUT.value:
-        raise app.UsageError("--warm_start needs --out: the workdir's own evaluation is of its checkpoint")
-    if not (workdir / "config.json").exists():
-        raise app.UsageError(f"--workdir={workdir} holds no config.json: give the workdir of `python -m tto_jax.train`")
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    identity = checkpoint.config_hash(config.to_dict())  # of the run, before this evaluation's own options
-    wanted = config.evaluation
-    wanted.update(
-        {
-            "problems": _PROBLEMS.value or wanted.final_problems,
-            "answers": _ANSWERS.value or wanted.answers,
-            "seed": wanted.seed if _SEED.value is None else _SEED.value,
-            "budgets": budgets_flag() or wanted.budgets,
-        }
-    )
+    subject = requested()
+    config = subject.config
     plan = settings.build(config)
-    params, totals, step = load(config, plan, workdir)
-    budgets = tuple(wanted.budgets)
-    with Progress(wanted.problems, name="evaluate") as progress:
-        result = evaluation.evaluate(
-            plan,
-            params,
-            problems=wanted.problems,
-            budgets=budgets,
-            answers=wanted.answers,
-            seed=wanted.seed,
-            on_batch=lambda done: progress.update(done, {}),
-        )
-    variant = "warm_start" if _WARM_START.value else config.variant
-    record = evaluation.summarize(result, budgets, wanted.seed) | {
-        "variant": variant,
+    rows = _ROWS.value or 0
+    options = evaluation.Options.from_config(config.evaluation, rows)
+    limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
+    sets = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
+    for name, found in sets.items():
+        print(f"{name}: {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
+    params, step = load(subject, plan)
+    folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
+    options = dataclasses.replace(options, rows=rows or kept_rows(folder) or evaluation.default_rows(plan, options))
+    problems = {name: found.problems for name, found in sets.items()}
+    completions.claim(folder, completions.identity(plan, params, problems, options, config.task.to_dict()))
+    results = sample(plan, params, sets, options, folder)
+    record = summary.summarize(results, options.budgets, options.seed, tuple(limits))
+    for name, found in sets.items():
+        record["sets"][name]["dropped"] = found.dropped
+    record |= about(subject, options, limits, step, results)
+    write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
+
+
+def check_usage(argv) -> None:
+    """Raises UsageError for flags that do not go together."""
+    run, model = _WORKDIR.value is not None, _CONFIG.value is not None
+    for wrong, message in (
+        (len(argv) > 1, f"unexpected arguments {argv[1:]}: every option is a flag, such as --problems=256"),
+        (run == model, "give either --workdir=RUN (a training run) or --config=FILE (a model without a run)"),
+        (run and _MODEL.value, "--model goes with --config: a run has its own model"),
+        (model and not _OUT.value, "--config needs --out=DIR: there is no run to write into"),
+        (model and _WARM_START.value, "--warm_start goes with --workdir: it is a run's"),
+        (model and _STEP.value is not None, "--step goes with --workdir: only a run has checkpoints of several steps"),
+        (
+            _WARM_START.value and not _OUT.value,
+            "--warm_start needs --out: the workdir's own evaluation is of its checkpoint",
+        ),
+        (_WARM_START.value and _STEP.value is not None, "--step and --warm_start name two different models: give one"),
+    ):
+        if wrong:
+            raise app.UsageError(message)
+
+
+def numbers(name: str, given: list[str] | None) -> list[int] | None:
+    """A flag's list as positive numbers."""
+    try:
+        found = [int(number) for number in given or ()]
+    except ValueError as error:
+        raise app.UsageError(f"{name}={','.join(given)}: give integers, such as 6,12,24") from error
+    if any(number < 1 for number in found):
+        raise app.UsageError(f"{name}={','.join(given)}: give positive integers, such as 6,12,24")
+    return found or None
+
+
+def requested() -> Subject:
+    """The configuration that the flags name, with this evaluation's options."""
+    workdir = epath.Path(_WORKDIR.value) if _WORKDIR.value else None
+    if workdir is None:
+        config = _CONFIG.value.copy_and_resolve_references()
+        config.unlock()
+        if not inputs.is_pretrained(config):
+            raise app.UsageError("--config: this experiment starts from a warm start; train it and give --workdir=RUN")
+        config.init = _MODEL.value or config.init
+        variant = epath.Path(config.init).name
+    elif (workdir / "config.json").exists():
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+        variant = "warm_start" if _WARM_START.value else config.variant
+    else:
+        raise app.UsageError(f"--workdir={workdir} holds no config.json: give the workdir of `python -m tto_jax.train`")
+    hashed = checkpoint.config_hash(config.to_dict())  # before this evaluation's own options
+    if inputs.is_pretrained(config):
+        of_texts(config, workdir)
+    elif _DATA.value:
+        raise app.UsageError("--data: this run's problems are made by its task; choose their number with --problems")
+    override(config.evaluation)
+    return Subject(config, hashed, variant, workdir)
+
+
+def of_texts(config: ConfigDict, workdir: epath.Path | None) -> None:
+    """What flags change of an experiment on prepared sets."""
+    if _WARM_START.value:
+        raise app.UsageError(f"--warm_start: this run started from {config.init}; evaluate that with --config, --model")
+    if _DATA.value:
+        config.data.eval = tuple(_DATA.value)
+    if not config.data.eval:
+        raise app.UsageError("no problems: give --data=SET,... made by `python -m tto_jax.prepare_data`")
+    if workdir is not None:
+        config.init = str(workdir)
+
+
+def override(wanted: ConfigDict) -> None:
+    """The section `evaluation` with what the flags give."""
+    given = {
+        "problems": _PROBLEMS.value or wanted.final_problems,
+        "budgets": numbers("--budgets", _BUDGETS.value),
+        "traces": _TRACES.value,
+        "answers": _ANSWERS.value,
+        "temperature": _TEMPERATURE.value,
+        "seed": _SEED.value,
+    }
+    with wanted.ignore_type():
+        wanted.update({name: value for name, value in given.items() if value is not None})
+
+
+def load(subject: Subject, plan: settings.Settings):
+    """(parameters, step): of a checkpoint, of the warm start, or of a model without a run."""
+    config, workdir = subject.config, subject.workdir
+    if workdir is None:
+        return pretrained.find(config.init).load(plan.model), 0
+    if _WARM_START.value:
+        return warm_start.get(config, plan, workdir), 0
+    if not (workdir / "checkpoints").exists():
+        raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
+    like = jax.eval_shape(lambda: decoder.init_params(plan.model, 0))
+    return checkpoint.restore_params(workdir / "checkpoints", like, _STEP.value)
+
+
+def kept_rows(folder: epath.Path) -> int:
+    """The rows of the parts that lie in `folder`, so that an evaluation goes on with them; 0 if there are none."""
+    path = folder / "options.json"
+    return json.loads(path.read_text())["options"]["rows"] if path.exists() else 0
+
+
+def sample(plan, params, sets, options, folder: epath.Path) -> dict[str, evaluation.Evaluation]:
+    """Every set, part by part, under a progress bar that counts traces."""
+    results, done = {}, 0
+    with metrics.Progress(sum(len(found.problems) for found in sets.values()) * options.traces, name="evaluate") as bar:
+        for name, found in sets.items():
+
+            def on_part(traces, accuracy, name=name):
+                nonlocal done
+                done += traces
+                bar.update(done, {"set": name, "final": accuracy})
+
+            results[name] = evaluation.evaluate(
+                plan, params, found.problems, options, folder=folder / "completions" / name, on_part=on_part
+            )
+    return results
+
+
+def about(subject: Subject, options, limits, step, results) -> dict:
+    """What results.json says beside the metrics."""
+    config = subject.config
+    seconds, new_tokens = (sum(getattr(r, name) for r in results.values()) for name in ("seconds", "new_tokens"))
+    return {
+        "budgets": list(options.budgets),
+        "traces": options.traces,
+        "answers": options.answers,
+        "temperature": options.temperature,
+        "evaluation_seed": options.seed,
+        "regret_tokens": limits,
+        "variant": subject.variant,
         "step": step,
         "seed": config.seed,
-        "warm_start_seed": config.warm_start.seed,
-        "tokens": totals["tokens"],
-        "seconds": totals["seconds"],
-        "evaluation_tokens": result.tokens,
-        "config_hash": identity,
+        "warm_start_seed": None if inputs.is_pretrained(config) else config.warm_start.seed,
+        **training_totals(subject.workdir, step),
+        "evaluation_tokens": sum(result.tokens for result in results.values()),
+        "timing": {  # of this process: what was read back took none
+            "seconds": seconds,
+            "tokens": new_tokens,
+            "tokens_per_second": new_tokens / seconds if seconds else None,
+        },
+        "config_hash": subject.identity,
         "commit": host.commit(),
         "versions": host.versions(),
     }
-    write(epath.Path(_OUT.value or workdir), config.to_dict() | {"variant": variant}, record, result)
 
 
-def budgets_flag() -> list[int] | None:
-    """--budgets as numbers."""
-    try:
-        return [int(budget) for budget in _BUDGETS.value or ()] or None
-    except ValueError as error:
-        raise app.UsageError(f"--budgets={','.join(_BUDGETS.value)}: give integers, such as 6,12,24") from error
+def training_totals(workdir: epath.Path | None, step: int) -> dict:
+    """Tokens and seconds of training up to `step`, as the run's metrics have them."""
+    if workdir is None or step == 0:
+        return {"tokens": 0, "seconds": 0.0}
+    rows = [row for row in metrics.read_rows(workdir) if row["step"] <= step and "tokens" in row]
+    if not rows:
+        raise ValueError(f"{workdir / 'metrics.jsonl'} has no row of step {step} or before: restore it")
+    return {name: rows[-1][name] for name in ("tokens", "seconds")}
 
 
-def load(config, plan: settings.Settings, workdir: epath.Path):
-    """Parameters, totals of the training so far, and the step: of a checkpoint, or of the warm start."""
-    if _WARM_START.value:
-        return warm_start.get(config, plan, workdir), {"tokens": 0, "seconds": 0.0}, 0
-    like = jax.eval_shape(lambda: learner.init_state(decoder.init_params(plan.model, 0), plan.optimizer))
-    if not (workdir / "checkpoints").exists():
-        raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
-    with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as saved:
-        step = saved.latest_step() if _STEP.value is None else _STEP.value
-        if step is None:
-            raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
-        state, extra = saved.restore(step, like)
-    return state.params, extra["totals"], step
-
-
-def write(out: epath.Path, config: dict, record: dict, result: evaluation.Evaluation) -> None:
+def write(folder: epath.Path, config: dict, record: dict, results: dict[str, evaluation.Evaluation]) -> None:
     """The files of one evaluation, and a line for the reader."""
-    folder = out / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists():
-        (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    scores = io.BytesIO()
-    np.savez_compressed(scores, correct=result.correct, forks=result.forks, id=result.id, length=result.length)
-    (folder / "scores.npz").write_bytes(scores.getvalue())
+    if not (folder.parent / "config.json").exists():
+        (folder.parent / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    evaluation.save(folder / "scores.npz", results)
     (folder / "results.json").write_text(json.dumps(record, indent=2))
+    run = report.load_run(folder.parent)
     picture = io.BytesIO()
-    report.curves([report.load_run(out)]).savefig(picture, format="png")
+    report.curves([run, *report.runs_of_sets(run)]).savefig(picture, format="png")
     (folder / "curve.png").write_bytes(picture.getvalue())
-    accuracy = " ".join(f"{b}:{a:.3f}" for b, a in zip(record["budgets"], record["accuracy"]))
-    low, high = record["anytime_ci95"]
-    area = f"anytime {record['anytime']:.3f} [{low:.3f}, {high:.3f}]"
-    print(f"{record['variant']}: {accuracy} {area} final {record['final']:.3f}")
+    each = record["sets"] if len(record["sets"]) > 1 else {}
+    for name, found in {**each, record["variant"]: record}.items():
+        print(line(name, record["budgets"], found))
+
+
+def line(name: str, budgets, found: dict) -> str:
+    """Accuracy at budgets, anytime with its interval, and final."""
+    accuracy = " ".join(f"{b}:{a:.3f}" for b, a in zip(budgets, found["accuracy"]))
+    low, high = found["anytime_ci95"]
+    return f"{name}: {accuracy} anytime {found['anytime']:.3f} [{low:.3f}, {high:.3f}] final {found['final']:.3f}"
+
+
+def compare(paths: list[str]) -> None:
+    """The page of --compare."""
+    if len(paths) != 2:
+        raise app.UsageError(f"--compare takes two evaluated runs, got {len(paths)}: --compare RUN_A RUN_B")
+    try:
+        record = comparison.compare(*map(comparison.load, paths))
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    print(comparison.table(record))
+    if _OUT.value:
+        out = epath.Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
     app.run(main)

@@ -1,98 +1,260 @@
-"""Accuracy at budgets: one rollout whose forks are the evaluation's budgets, answers decoded from the shared trace."""
+"""Accuracy at budgets: rollouts whose forks are the evaluation's budgets, answers decoded from the shared traces.
+
+Keys depend on the seed, the problem, the trace and the answer only: runs are compared on common random numbers,
+whatever the rows of a rollout.
+"""
 
 import dataclasses
+import io
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from tto_jax import data, grading, rollout
-from tto_jax.core import anytime
+from tto_jax import completions, data, grading, rollout
 from tto_jax.core.budgets import BudgetSchedule
+from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
+from tto_jax.tasks import Problem
 
-BATCH = 256  # problems a rollout
 STREAM = 0xE7A1  # keeps the evaluation's keys apart from training's
+MOST_ROWS = 256  # more do not make a rollout faster, and a part is what a kill can lose
+UNKNOWN_MEMORY = 8 * 2**30  # bytes, taken for a device's where it does not tell, as a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is sampled."""
+
+    budgets: tuple[int, ...]  # tokens
+    traces: int  # n, of each problem
+    answers: int  # A, of each trace at each budget
+    temperature: float
+    seed: int
+    rows: int = 0  # most traces of one rollout; 0: by the device's memory, see `default_rows`
+
+    def __post_init__(self):
+        BudgetSchedule.from_prior(self.budgets)
+        for name, least in (("traces", 1), ("answers", 1), ("rows", 0), ("temperature", 0.0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)}: it must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"evaluation.seed={self.seed}: seeds lie in [0, 2**32)")
+        if self.temperature == 0 and (self.traces > 1 or self.answers > 1):
+            raise ValueError(
+                f"evaluation.temperature=0 with traces={self.traces}, answers={self.answers}: greedy samples are all "
+                "alike; choose 1 and 1, or a positive temperature"
+            )
+
+    @classmethod
+    def from_config(cls, config, rows: int = 0) -> "Options":
+        """Of a configuration's section `evaluation`."""
+        return cls(
+            budgets=tuple(config.budgets),
+            traces=config.traces,
+            answers=config.answers,
+            temperature=config.temperature,
+            seed=config.seed,
+            rows=rows,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores of every answer, on the host."""
+    """Scores of every answer of one set, on the host."""
 
-    correct: np.ndarray  # f32[B, 1, S, A]
-    formatted: np.ndarray  # bool[B, 1, S, A]
-    forks: np.ndarray  # i32[B, 1, S]
-    length: np.ndarray  # i32[B, 1]
-    ended: np.ndarray  # bool[B, 1]
+    correct: np.ndarray  # f32[B, n, S, A]
+    formatted: np.ndarray  # bool[B, n, S, A]
+    vote: np.ndarray  # i32[B, n, S, A], equal for equal answers of a problem: 0 right, -1 none
+    answer_length: np.ndarray  # i32[B, n, S, A], sampled tokens
+    inserted: np.ndarray  # i32[B, n, S], tokens before them
+    forks: np.ndarray  # i32[B, n, S]
+    length: np.ndarray  # i32[B, n]
+    ended: np.ndarray  # bool[B, n], with `</think>`
+    prompt_length: np.ndarray  # i32[B]
     id: np.ndarray  # u32[B]
-    tokens: int  # sampled
+    grading: dict[str, int]  # answers that were judged in each way
+    seconds: float = 0.0  # that this process has spent on sampling and grading
+    new_tokens: int = 0  # that this process has sampled; the others were read back
+
+    @property
+    def tokens(self) -> int:
+        """Sampled, of traces and answers."""
+        return int(self.length.sum()) + int(self.answer_length.sum())
+
+
+ARRAYS = tuple(field.name for field in dataclasses.fields(Evaluation))[:-3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One rollout: all traces of some problems, or some traces of one problem."""
+
+    number: int
+    problems: range
+    traces: range
+
+
+def default_rows(settings: Settings, options: Options) -> int:
+    """Traces whose rollout takes about half of the device's memory, in 1..256.
+
+    Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
+    one layer's attention scores of the answers (or of the prompt's prefill).
+    """
+    model, size = settings.model, len(options.budgets) * options.answers
+    trunk = settings.prompt_pad + options.budgets[-1]
+    width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
+    kv = width * (trunk + size * settings.answer_pad)
+    scores = 4 * model.num_heads * max(size * trunk, settings.prompt_pad**2)
+    device = jax.devices()[0].memory_stats() or {}
+    memory = device.get("bytes_limit", UNKNOWN_MEMORY) // 2
+    return int(np.clip(memory // (kv + 3 * 4 * size * model.vocab_size + scores), 1, MOST_ROWS))
+
+
+def parts(problems: int, traces: int, rows: int) -> Iterator[Part]:
+    """Rollouts of at most `rows` traces, in the order of problems and traces."""
+    pieces = -(-traces // rows)
+    group = -(-traces // pieces)  # traces of a problem in a rollout: as even as can be
+    batch = max(rows // group, 1) if pieces == 1 else 1
+    number = 0
+    for begin in range(0, problems, batch):
+        for first in range(0, traces, group):
+            yield Part(number, range(begin, min(begin + batch, problems)), range(first, min(first + group, traces)))
+            number += 1
 
 
 def evaluate(
     settings: Settings,
     params: Params,
+    problems: Sequence[Problem],
+    options: Options,
     *,
-    problems: int,
-    budgets: tuple[int, ...],
-    answers: int,
-    seed: int,
-    on_batch=lambda done: None,
+    folder: epath.Path | None = None,
+    on_part: Callable[[int, float], None] = lambda traces, accuracy: None,
 ) -> Evaluation:
-    """Score the first `problems` problems of the evaluation split: one trace each, `answers` answers at every budget.
+    """Samples and scores `options.traces` traces of every problem, `options.answers` answers of each at every budget.
 
-    The keys depend on `seed` and the problem only, so that runs are compared on common random numbers.
+    Args:
+      settings: of the run; its rollout gives the tokens that are inserted.
+      params: of the model.
+      problems: at least one; their prompts fit.
+      options: what is sampled.
+      folder: where the completions are kept. Parts that are there are read back, not sampled again.
+      on_part: called after every part with its number of traces and its accuracy at the last budget.
+
+    Returns:
+      The scores: the same, to the bit, whether parts were read back or not.
     """
-    schedule = BudgetSchedule.from_prior(budgets)
-    config = dataclasses.replace(settings.rollout, group_size=1, trace_pad=int(budgets[-1]), answers=answers)
-    source = data.ProblemSource(settings.task, "eval", problems)
-    key = jax.random.fold_in(jax.random.key(seed), STREAM)
-    parts = []
-    for batch in data.evaluation_batches(source, settings.tokenizer, min(BATCH, problems), settings.prompt_pad):
-        prompts = jax.device_put(batch.prompts)
-        traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key)
-        forks = rollout.cut(traces.length, schedule)
-        sampled = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
-        traces, forks, sampled = jax.device_get((traces, forks, sampled))
-        scores = grading.grade(settings.task, settings.tokenizer, batch.problems, traces, forks, sampled)
-        tokens = traces.length + (sampled.length - sampled.forced[..., None]).sum(axis=(1, 2))
-        part = (
-            scores.correct,
-            scores.formatted,
-            forks[:, None],
-            traces.length[:, None],
-            traces.ended[:, None],
-            batch.prompts.id,
-            tokens,
-        )
-        parts.append([np.asarray(x)[batch.valid] for x in part])
-        on_batch(sum(len(x[0]) for x in parts))
-    *arrays, tokens = (np.concatenate(column) for column in zip(*parts))
-    return Evaluation(*arrays, tokens=int(tokens.sum()))
+    if not len(problems):
+        raise ValueError("there are no problems to evaluate")
+    rows = options.rows or default_rows(settings, options)
+    plan = list(parts(len(problems), options.traces, rows))
+    config = dataclasses.replace(
+        settings.rollout,
+        group_size=len(plan[0].traces),
+        trace_pad=int(options.budgets[-1]),
+        answers=options.answers,
+        sample=SampleConfig(temperature=options.temperature),
+    )
+    found, seconds, new_tokens = [], 0.0, 0
+    for part in plan:
+        path = completions.part_path(folder, part.number) if folder else None
+        chosen = [problems[i] for i in part.problems]
+        if path and path.exists():
+            kept = completions.read(path)
+            _check_part(path, kept, _names(part, chosen))
+            columns = completions.columns(kept)
+        else:
+            begin = time.perf_counter()
+            fresh = _sample(settings, config, params, chosen, part, len(plan[0].problems), options)
+            columns = completions.columns(fresh)
+            seconds += time.perf_counter() - begin
+            new_tokens += int(columns["length"].sum() + columns["answer_length"].sum())
+            if path:
+                completions.write(path, fresh)
+        found.append(columns)
+        on_part(len(columns["id"]), float(columns["correct"][:, -1].mean()))
+    return _assemble(found, len(problems), seconds, new_tokens)
 
 
-def summarize(result: Evaluation, budgets: tuple[int, ...], seed: int) -> dict:
-    """Accuracy at budgets, anytime, final, with 95% bootstrap intervals over problems; and diagnostics."""
-    per_problem = result.correct.mean(axis=(1, 3))  # [B,S]
-    key = jax.random.key(seed)
-    low, high = jax.device_get(anytime.bootstrap_interval(jnp.asarray(per_problem), key))
-    area = jax.device_get(anytime.bootstrap_interval(jnp.asarray(per_problem.mean(axis=1)), key))
-    accuracy = per_problem.mean(axis=0)
-    right, length = result.correct[:, :, -1].mean(axis=-1) > 0.5, result.length
-    mean = lambda x: float(x.mean()) if x.size else None  # noqa: E731
+def _sample(settings, config, params, chosen, part, batch_size, options) -> list[dict]:
+    """The lines of one part. The rollout may have more rows: repeated problems or traces that only fill it."""
+    batch = next(data.evaluation_batches(chosen, settings.tokenizer, batch_size, settings.prompt_pad))
+    prompts = jax.device_put(batch.prompts)
+    key = jax.random.fold_in(jax.random.key(options.seed), STREAM)
+    schedule = BudgetSchedule.from_prior(options.budgets)
+    traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, part.traces.start)
+    forks = rollout.cut(traces.length, schedule)
+    answers = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
+    # Part of the traces only where there is one problem: what fills the rollout is at its end.
+    number = len(chosen) * len(part.traces)
+    traces, forks, answers = jax.tree.map(lambda x: x[:number], jax.device_get((traces, forks, answers)))
+    graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
+    length = np.repeat(batch.prompts.length[: len(chosen)], len(part.traces))
+    return completions.lines(settings.tokenizer, _names(part, chosen), length, traces, forks, answers, graded)
+
+
+def _names(part: Part, chosen: Sequence[Problem]) -> list[dict]:
+    numbered = zip(part.problems, chosen)
+    return [{"id": int(problem.id), "index": i, "trace": t} for i, problem in numbered for t in part.traces]
+
+
+def _check_part(path, kept, names) -> None:
+    if [{name: line.get(name) for name in ("id", "index", "trace")} for line in kept] != names:
+        raise ValueError(f"{path} does not hold the {len(names)} traces of its part: remove it, and they are sampled.")
+
+
+def _assemble(found: list[completions.Columns], problems: int, seconds: float, new_tokens: int) -> Evaluation:
+    columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    columns = {name: x.reshape(problems, -1, *x.shape[1:]) for name, x in columns.items()}
+    how, answer = columns.pop("how"), columns.pop("answer")
+    columns |= {name: columns[name][:, 0] for name in ("id", "prompt_length")}
+    return Evaluation(
+        **columns,
+        vote=votes(columns["correct"], answer),
+        grading=dict(sorted(Counter(how.ravel().tolist()).items())),
+        seconds=seconds,
+        new_tokens=new_tokens,
+    )
+
+
+def votes(correct: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """Classes of equal answers, problem by problem, for majority votes: i32[B, ...].
+
+    All answers that scored are one class, 0; the others are told apart by their normal form, from 1 on; -1 where no
+    answer was found. Wrong answers that are equal in value and differ in normal form are two classes.
+    """
+    found = np.full(correct.shape, -1, np.int32)
+    for b in range(len(correct)):
+        classes = {}
+        flat = zip(correct[b].ravel().tolist(), answer[b].ravel().tolist())
+        kinds = [0 if right else classes.setdefault(text, len(classes) + 1) if text else -1 for right, text in flat]
+        found[b] = np.reshape(kinds, correct.shape[1:])
+    return found
+
+
+def save(path: epath.Path, sets: dict[str, Evaluation]) -> None:
+    """All sets as one compressed .npz: the arrays of `Evaluation` one after the other, `set` i32[B] and `set_names`."""
+    arrays = {name: np.concatenate([getattr(one, name) for one in sets.values()]) for name in ARRAYS}
+    number = np.concatenate([np.full(len(one.id), i, np.int32) for i, one in enumerate(sets.values())])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays, set=number, set_names=np.array(list(sets)))
+    path.write_bytes(buffer.getvalue())
+
+
+def load(path: epath.Path) -> dict[str, Evaluation]:
+    """What `save` has written; `grading` is empty. Raises ValueError if arrays are missing."""
+    stored = np.load(io.BytesIO(path.read_bytes()))
+    missing = sorted({*ARRAYS, "set", "set_names"} - set(stored.files))
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is of an older version; evaluate the run again.")
+    arrays = {name: stored[name] for name in ARRAYS}
     return {
-        "budgets": [int(b) for b in budgets],
-        "accuracy": accuracy.tolist(),
-        "accuracy_ci95": [[float(a), float(b)] for a, b in zip(low, high)],
-        "anytime": float(accuracy.mean()),
-        "anytime_ci95": [float(area[0]), float(area[1])],
-        "final": float(accuracy[-1]),
-        "mean_length": mean(length),
-        "mean_length_correct": mean(length[right]),
-        "mean_length_wrong": mean(length[~right]),
-        "formatted": result.formatted.mean(axis=(0, 1, 3)).tolist(),
-        "unfinished": ((result.length > result.forks.transpose(2, 0, 1)) | ~result.ended).mean(axis=(1, 2)).tolist(),
-        "overthinking": np.asarray(anytime.overthinking_rate(result.correct, result.forks)).tolist(),
-        "problems": int(result.correct.shape[0]),
-        "evaluation_seed": seed,
+        str(name): Evaluation(**{key: x[stored["set"] == i] for key, x in arrays.items()}, grading={})
+        for i, name in enumerate(stored["set_names"])
     }

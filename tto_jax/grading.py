@@ -1,12 +1,32 @@
 """The verifier's scores of all forced answers, on the host."""
 
+import collections
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from tto_jax.core.types import Answers, Scores, Traces
-from tto_jax.tasks.problem import Problem, Task
+from tto_jax.tasks.problem import Problem, Task, Verdict
 from tto_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """Scores of all answers, with what they were read from."""
+
+    scores: Scores  # numpy arrays [B, G, S, A]
+    texts: list[str]  # distinct texts of answers
+    text_of: np.ndarray  # i64[B, G, S, A]
+    verdicts: list[Verdict]  # of distinct (problem, text)
+    verdict_of: np.ndarray  # i64[B, G, S, A]
+
+    def counts(self) -> dict[str, int]:
+        """How many answers of the batch each way of judging has decided: `grading/symbolic`, `/timeout`, `/crash`."""
+        number = collections.Counter()
+        for verdict, times in zip(self.verdicts, np.bincount(self.verdict_of.ravel(), minlength=len(self.verdicts))):
+            number[verdict.how] += int(times)
+        return {f"grading/{how}": number[how] for how in ("symbolic", "timeout", "crash")}
 
 
 def grade(
@@ -16,7 +36,7 @@ def grade(
     traces: Traces,
     forks: np.ndarray,
     answers: Answers,
-) -> Scores:
+) -> Graded:
     """Scores every answer: right, and well-formed.
 
     An answer is well-formed if exactly one `</think>` occurs in trace[:fork] + inserted + sampled tokens, and the
@@ -32,7 +52,7 @@ def grade(
         answers: [N, S, A, E].
 
     Returns:
-        Scores of numpy arrays [B, G, S, A].
+        Scores of numpy arrays [B, G, S, A], and the texts and verdicts behind them.
     """
     forks = np.asarray(forks)
     tokens = np.asarray(answers.tokens)
@@ -42,22 +62,24 @@ def grade(
             f"rows must be a multiple of the problems, and shapes must agree: {len(problems)} problems, "
             f"traces {traces.tokens.shape}, forks {forks.shape}, answers {tokens.shape}"
         )
-    group = n // len(problems)
-    well_formed = _well_formed(tokenizer.think_end_id, traces, forks, answers)
+    shape = (len(problems), n // len(problems), s, a)
+    well_formed = _well_formed(tokenizer.think_end_id, traces, forks, answers).reshape(shape)
 
     # Answers repeat: each distinct text is decoded once, and judged once per problem.
     sampled, length = _sampled(answers)
-    kind, texts = _distinct_texts(tokenizer, sampled.reshape(-1, e), length.reshape(-1))
-    problem = np.repeat(np.arange(len(problems)), group * s * a)
-    pairs, pair_of = np.unique(problem * len(texts) + kind, return_inverse=True)
-    right = np.array([task.is_correct(texts[p % len(texts)], problems[p // len(texts)]) for p in pairs.tolist()], bool)
-    formatted = np.array([task.is_formatted(text) for text in texts], bool)
-
-    shape = (len(problems), group, s, a)
-    well_formed = well_formed.reshape(shape)
-    return Scores(
-        correct=(right[pair_of].reshape(shape) & well_formed).astype(np.float32),
-        formatted=formatted[kind].reshape(shape) & well_formed,
+    text_of, texts = _distinct_texts(tokenizer, sampled.reshape(-1, e), length.reshape(-1))
+    problem = np.repeat(np.arange(len(problems)), n // len(problems) * s * a)
+    pairs, verdict_of = np.unique(problem * len(texts) + text_of, return_inverse=True)
+    verdicts = task.judge([(texts[p % len(texts)], problems[p // len(texts)]) for p in pairs.tolist()])
+    verdict_of = verdict_of.reshape(shape)
+    correct = np.array([verdict.correct for verdict in verdicts], bool)[verdict_of]
+    formatted = np.array([verdict.formatted for verdict in verdicts], bool)[verdict_of]
+    return Graded(
+        scores=Scores(correct=(correct & well_formed).astype(np.float32), formatted=formatted & well_formed),
+        texts=texts,
+        text_of=text_of.reshape(shape),
+        verdicts=verdicts,
+        verdict_of=verdict_of,
     )
 
 

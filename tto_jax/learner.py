@@ -108,6 +108,11 @@ def init_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
     return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(optimizer).init(params))
 
 
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
+    """Shapes and dtypes of the state, for a restore."""
+    return jax.eval_shape(lambda: init_state(decoder.init_params(model, 0), optimizer))
+
+
 def target_logprobs(
     model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

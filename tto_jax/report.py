@@ -39,7 +39,9 @@ class Run:
     results: dict  # as evaluation/results.json has it
     correct: np.ndarray  # f32[B, G, S, A]
     forks: np.ndarray  # i32[B, G, S], tokens
-    id: np.ndarray  # u32[B], ascending
+    id: np.ndarray  # u32[B], ascending within each set
+    set: np.ndarray  # i32[B], ascending; 0 where there is one
+    set_names: tuple[str, ...]
     rows: list[dict]  # of metrics.jsonl
 
     @property
@@ -55,7 +57,7 @@ class Run:
 
 
 def load_run(path: epath.PathLike, name: str | None = None) -> Run:
-    """Reads a workdir. Problems are put in the order of their ids.
+    """Reads a workdir. Problems are put in the order of their sets and ids.
 
     Args:
       path: the run's workdir.
@@ -83,10 +85,12 @@ def load_run(path: epath.PathLike, name: str | None = None) -> Run:
             f"{file} lacks {', '.join(missing)}; every field is needed: {', '.join(FIELDS)}. Evaluate the run again."
         )
     scores = np.load(io.BytesIO(need("evaluation/scores.npz", "evaluate").read_bytes()))
-    order = np.argsort(scores["id"], kind="stable")
-    correct, forks, id_ = scores["correct"][order], scores["forks"][order], scores["id"][order]
+    number = scores["set"] if "set" in scores else np.zeros(len(scores["id"]), np.int32)
+    names = tuple(scores["set_names"].tolist()) if "set" in scores else ("",)
+    order = np.lexsort((scores["id"], number))
+    correct, forks, id_, number = (x[order] for x in (scores["correct"], scores["forks"], scores["id"], number))
     shape = correct.shape
-    accuracy = correct.mean(axis=(0, 1, 3)) if correct.ndim == 4 else np.zeros(0)
+    accuracy = over_sets(correct.mean(axis=(1, 3)), number).mean(axis=0) if correct.ndim == 4 else np.zeros(0)
     if forks.shape != shape[:3] or id_.shape != shape[:1] or accuracy.shape != np.shape(results["budgets"]):
         raise ValueError(
             f"{path / 'evaluation'}: correct{list(shape)}, forks{list(forks.shape)}, id{list(id_.shape)} and "
@@ -102,11 +106,28 @@ def load_run(path: epath.PathLike, name: str | None = None) -> Run:
     config = path / "config.json"
     variant = json.loads(config.read_text()).get("variant") if config.exists() else None
     name = name or os.path.basename(os.fspath(path).rstrip("/"))
-    return Run(name, variant or name, results, correct, forks, id_, metrics.read_rows(path))
+    return Run(name, variant or name, results, correct, forks, id_, number, names, metrics.read_rows(path))
+
+
+def over_sets(per_problem: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Means over the problems of each set. f32[B, ...], i32[B] -> f32[sets, ...]."""
+    return np.stack([per_problem[number == i].mean(axis=0) for i in np.unique(number)])
+
+
+def runs_of_sets(run: Run) -> list[Run]:
+    """Each set as if it were a run, for `curves`; none if there is one set only."""
+    if len(run.set_names) == 1:
+        return []
+    return [
+        dataclasses.replace(run, name=name, variant=name, results=run.results | run.results["sets"][name])
+        for name in run.set_names
+    ]
 
 
 def _mismatch(a: Run, b: Run) -> str | None:
     """Why two runs can't be compared problem by problem; None if they can."""
+    if a.set_names != b.set_names:
+        return f"different sets ({', '.join(a.set_names)} and {', '.join(b.set_names)}): not compared"
     if not np.array_equal(a.id, b.id):
         shared = np.intersect1d(a.id, b.id).size
         return f"different problems ({shared} shared of {a.id.size} and {b.id.size}): not compared"
@@ -117,6 +138,15 @@ def _mismatch(a: Run, b: Run) -> str | None:
 
 def _entry(difference, low, high) -> dict:
     return {"difference": float(difference), "ci95": [float(low), float(high)]}
+
+
+def _paired(differences: np.ndarray, number: np.ndarray, key: jax.Array):
+    """Mean over sets and its bootstrap interval, problems resampled within each set: three times f32[...]."""
+    sets = [differences[number == i] for i in np.unique(number)]
+    keys = [key] if len(sets) == 1 else jax.random.split(key, len(sets))
+    draws = [anytime.resampled_means(x, anytime.resample_counts(k, len(x))) for x, k in zip(sets, keys)]
+    low, high = anytime.percentile_interval(np.mean(draws, axis=0))
+    return over_sets(differences, number).mean(axis=0), np.asarray(low), np.asarray(high)
 
 
 def _over_problems(run: Run, base: Run, key: jax.Array) -> dict:
@@ -130,7 +160,7 @@ def _over_problems(run: Run, base: Run, key: jax.Array) -> dict:
     note = _mismatch(run, base)
     if note:
         return entry | {"note": note}
-    difference, low, high = np.asarray(anytime.paired_bootstrap(run.per_problem, base.per_problem, key))
+    difference, low, high = _paired(run.per_problem - base.per_problem, run.set, key)
     return entry | {
         "anytime": _entry(difference[0], low[0], high[0]),
         "final": _entry(difference[1], low[1], high[1]),

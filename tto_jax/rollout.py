@@ -42,16 +42,18 @@ class RolloutConfig:
         for name in ("group_size", "trace_pad", "answers", "answer_cap", "segment"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name}={getattr(self, name)}: it must be a positive integer")
-        if not self.elicit_ended or not self.elicit_cut:
-            raise ValueError(
-                f"elicit_ended={self.elicit_ended}, elicit_cut={self.elicit_cut}: "
-                "an answer is elicited by at least one token; choose a non-empty string"
-            )
 
     @property
     def forced_pad(self) -> int:
         """Longest elicitation, in tokens."""
         return max(len(self.elicit_ended), len(self.elicit_cut))
+
+    @property
+    def refed(self) -> int:
+        """1 where an answer may follow the trunk directly: the token before the fork is then fed once more, as the
+        hidden state that predicts the answer is not kept. Else 0: an inserted token predicts it.
+        """
+        return int(not (self.elicit_ended and self.elicit_cut))
 
 
 @pytree
@@ -61,6 +63,7 @@ class Trunk:
     prompts: Prompts
     prompt_cache: Cache
     trace_cache: Cache
+    first_trace: Array  # i32[], number of each problem's first trace
 
 
 @pytree
@@ -81,35 +84,37 @@ class RowKeys:
     answering: Array  # key[N]
 
 
-def row_keys(key: Array, prompts: Prompts, group_size: int) -> RowKeys:
-    """Keys for B problems x G traces; `key` already holds the seed and the step."""
+def row_keys(key: Array, prompts: Prompts, group_size: int, first_trace: Array) -> RowKeys:
+    """Keys for B problems x G traces, numbered from `first_trace`; `key` already holds the seed and the step."""
 
     def one(problem, trace):
         row = jax.random.fold_in(jax.random.fold_in(key, problem), trace)
         return RowKeys(thinking=jax.random.fold_in(row, THINKING), answering=jax.random.fold_in(row, ANSWERING))
 
-    keys = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.asarray(prompts.id), jnp.arange(group_size))
+    keys = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.asarray(prompts.id), first_trace + jnp.arange(group_size))
     return jax.tree.map(lambda x: x.reshape(-1), keys)
 
 
 def sample_traces(
-    model: ModelConfig, config: RolloutConfig, params: Params, prompts: Prompts, key: Array
+    model: ModelConfig, config: RolloutConfig, params: Params, prompts: Prompts, key: Array, first_trace: int = 0
 ) -> tuple[Traces, Trunk]:
     """Think: G traces for each problem, up to `trace_pad` tokens, ended by `</think>` or EOS.
 
     Segments of at most `config.segment` tokens are jitted; between them the host looks whether all traces have ended.
+    Traces are numbered from `first_trace`: many traces of a problem can be sampled in parts.
     """
-    state, trunk, keys = _start(model, config, params, prompts, key)
+    first_trace = jax.device_put(np.int32(first_trace))
+    state, trunk, keys = _start(model, config, params, prompts, key, first_trace)
     for begin in range(0, config.trace_pad, config.segment):
         end = min(begin + config.segment, config.trace_pad)
         state, done = _think(model, config, params, prompts, trunk, state, keys.thinking, jax.device_put(np.int32(end)))
         if end < config.trace_pad and bool(jax.device_get(done)):
             break
-    return state.traces, Trunk(prompts=prompts, prompt_cache=trunk, trace_cache=state.cache)
+    return state.traces, Trunk(prompts=prompts, prompt_cache=trunk, trace_cache=state.cache, first_trace=first_trace)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(model, config, params, prompts, key):
+def _start(model, config, params, prompts, key, first_trace):
     """Prefill every prompt once; its G traces share the cache and start from its last hidden state."""
     rows, pad = prompts.tokens.shape
     slot = jnp.arange(pad)
@@ -132,7 +137,7 @@ def _start(model, config, params, prompts, key):
         ),
         cache=Cache.empty(model, number, config.trace_pad),
     )
-    return state, cache, row_keys(key, prompts, config.group_size)
+    return state, cache, row_keys(key, prompts, config.group_size, first_trace)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5,))
@@ -197,16 +202,18 @@ def sample_answers(
     number = config.answers
     forced, length = _forced_tokens(config, traces, forks)
     begin = jnp.repeat(trunk.prompts.length, config.group_size)[:, None] + forks  # position of the first inserted token
-    hidden, forced_cache = _feed_forced(model, config, params, trunk, forks, forced, begin)
-    last = jnp.take_along_axis(hidden, (length - 1)[..., None, None], axis=2)[:, :, 0]  # [N,S,M]
-    keys = _answer_keys(row_keys(key, trunk.prompts, config.group_size).answering, size, number)
+    hidden, forced_cache = _feed_forced(model, config, params, trunk, traces, forks, forced, begin)
+    last = jnp.take_along_axis(hidden, (config.refed + length - 1)[..., None, None], axis=2)[:, :, 0]  # [N,S,M]
+    keys = row_keys(key, trunk.prompts, config.group_size, trunk.first_trace)
+    keys = _answer_keys(keys.answering, size, number)
 
     branches = rows * size * number
     spread = lambda x: jnp.repeat(x.reshape(rows * size, *x.shape[2:]), number, axis=0)  # noqa: E731
-    seen = jnp.arange(config.forced_pad) < length.reshape(-1, 1, 1)
+    index = jnp.arange(forced_cache.capacity) - config.refed  # of the inserted token; the one fed again is in the trunk
+    seen = (index >= 0) & (index < length.reshape(-1, 1, 1))
     context = (
-        *_trunk_context(config, trunk, jnp.repeat(forks, number, axis=1)),
-        Context(cache=forced_cache, visible=jnp.broadcast_to(seen, (rows * size, number, config.forced_pad))),
+        *_trunk_context(trunk, jnp.repeat(begin, number, axis=1)),
+        Context(cache=forced_cache, visible=jnp.broadcast_to(seen, (rows * size, number, forced_cache.capacity))),
     )
     position = spread(begin + length)
     head = decoder.head(model, params).astype(model.dtype)
@@ -251,28 +258,34 @@ def _forced_tokens(config, traces, forks):
     return tokens, jnp.where(ended, len(config.elicit_ended), len(config.elicit_cut)).astype(jnp.int32)
 
 
-def _feed_forced(model, config, params, trunk, forks, forced, begin):
-    """Hidden states [N,S,F,M] of the inserted tokens, once for the A answers of a fork, and their cache (N*S rows)."""
+def _feed_forced(model, config, params, trunk, traces, forks, forced, begin):
+    """Hidden states [N,S,F,M] of the inserted tokens, once for the A answers of a fork, and their cache (N*S rows).
+
+    With `config.refed` the token before the fork comes first (F is one more).
+    """
+    if config.refed:
+        before = jnp.take_along_axis(traces.tokens, jnp.maximum(forks - 1, 0), axis=1)
+        last = jnp.take_along_axis(trunk.prompts.tokens, (trunk.prompts.length - 1)[:, None], axis=1)
+        before = jnp.where(forks > 0, before, jnp.repeat(last, config.group_size, axis=0))
+        forced, begin = jnp.concatenate([before[..., None], forced], axis=-1), begin - 1
     rows, size, pad = forced.shape
     slot = jnp.arange(pad)
     causal = jnp.broadcast_to(slot[None, :] <= slot[:, None], (rows * size, pad, pad))
     position = (begin[..., None] + slot).reshape(rows * size, pad)
-    context = _trunk_context(config, trunk, jnp.repeat(forks, pad, axis=1))
+    context = _trunk_context(trunk, jnp.repeat(begin, pad, axis=1))
     cache = Cache.empty(model, rows * size, pad)
     hidden, cache = decoder.decode(model, params, forced.reshape(rows * size, pad), position, cache, 0, causal, context)
     return hidden.reshape(rows, size, pad, -1), cache
 
 
-def _trunk_context(config, trunk, forks):
-    """Prompt and trace as context of queries with the given forks i32[N,Q]."""
-    problems, pad = trunk.prompts.tokens.shape
-    rows, queries = forks.shape
-    in_prompt = jnp.arange(pad) < trunk.prompts.length[:, None, None]
-    in_trace = jnp.arange(config.trace_pad) < forks[..., None]
+def _trunk_context(trunk, end):
+    """Prompt and trace as context of queries that see the trunk's positions before `end` i32[N,Q]."""
+    problems = trunk.prompts.length.shape[0]
+    length, of_prompt = trunk.prompts.length[:, None], end.reshape(problems, -1)
+    in_prompt = jnp.arange(trunk.prompt_cache.capacity) < jnp.minimum(length, of_prompt)[..., None]
+    in_trace = jnp.arange(trunk.trace_cache.capacity) < (of_prompt - length).reshape(*end.shape, 1)
     return (
-        Context(
-            cache=trunk.prompt_cache, visible=jnp.broadcast_to(in_prompt, (problems, rows // problems * queries, pad))
-        ),
+        Context(cache=trunk.prompt_cache, visible=in_prompt),
         Context(cache=trunk.trace_cache, visible=in_trace),
     )
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tto_jax import data, tasks
+from tto_jax import data, inputs
 from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
@@ -25,10 +25,10 @@ from tto_jax.tokenizer import Tokenizer
 ANSWER_WEIGHTS = ("code", "paper")
 NORMALIZERS = ("constant", "released")
 AT_LEAST_ONE = (
-    *("steps", "data.problems", "rollout.problems", "learner.tokens_per_row", "warm_start.steps"),
-    *("warm_start.batch_size", "evaluation.every", "evaluation.final_problems", "evaluation.answers"),
-    *("checkpoint.every", "checkpoint.keep", "log.samples_every"),
+    *("steps", "rollout.problems", "learner.tokens_per_row", "evaluation.every", "evaluation.final_problems"),
+    *("evaluation.traces", "evaluation.answers", "checkpoint.every", "checkpoint.keep", "log.samples_every"),
 )
+EMBEDDED_AT_LEAST_ONE = ("data.problems", "warm_start.steps", "warm_start.batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +96,13 @@ class Settings:
         return 2 * self.model.num_layers * tokens * width
 
 
-def build(config: ml_collections.ConfigDict) -> Settings:
-    """Resolve and check a configuration. Raises ValueError for what cannot work."""
-    for name in AT_LEAST_ONE:
+def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Settings:
+    """Resolve and check a configuration. Raises ValueError for what cannot work.
+
+    With need_model=False the model that `init` should name may be absent, if the configuration gives all its sizes:
+    enough to print them or to compile, not to run.
+    """
+    for name in AT_LEAST_ONE if inputs.is_pretrained(config) else AT_LEAST_ONE + EMBEDDED_AT_LEAST_ONE:
         if (value := functools.reduce(getattr, name.split("."), config)) < 1:
             raise ValueError(f"{name}={value}: it must be at least 1")
     if not config.rollout.temperature > 0:
@@ -106,9 +110,7 @@ def build(config: ml_collections.ConfigDict) -> Settings:
             f"rollout.temperature={config.rollout.temperature}: it must be positive, as greedy traces have no log-prob "
             "to train on; choose 1.0"
         )
-    task = tasks.get(**config.task.to_dict())
-    tokenizer = Tokenizer.from_task(task)
-    model = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model.to_dict())
+    task, tokenizer, model = inputs.resolve(config, need_model)
     schedule = BudgetSchedule.from_prior(config.budgets.tokens, config.budgets.prior)
     rollout = RolloutConfig(
         group_size=config.rollout.group_size,
@@ -190,7 +192,12 @@ def _loss(config, rollout, size, prompt_pad):
 
 def _check(settings: Settings, config) -> None:
     kind = settings.credit.estimator.kind
-    for name, seed in (("seed", settings.seed), ("warm_start.seed", config.warm_start.seed)):
+    seeds = (
+        {"seed": settings.seed}
+        if inputs.is_pretrained(config)
+        else {"seed": settings.seed, "warm_start.seed": config.warm_start.seed}
+    )
+    for name, seed in seeds.items():
         if not 0 <= seed < 2**32:
             raise ValueError(f"{name}={seed}: seeds lie in [0, 2**32)")
     if settings.rollout.group_size == 1 and kind in GROUP_ONLY:
@@ -200,6 +207,13 @@ def _check(settings: Settings, config) -> None:
             "credit.estimator.kind='progress_gae' needs scores before any thinking, which this page does not sample; "
             "choose 'mrt'"
         )
+    if not inputs.is_pretrained(config):
+        _check_warm_start(config, settings)
+    _check_context("budgets.tokens", settings, tuple(config.budgets.tokens))
+    _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets))
+
+
+def _check_warm_start(config, settings: Settings) -> None:
     warm = config.warm_start
     OptimizerConfig(**warm.optimizer.to_dict(), decay_steps=warm.steps)
     if warm.micro_rows < 0 or (warm.micro_rows and warm.batch_size % warm.micro_rows):
@@ -207,8 +221,6 @@ def _check(settings: Settings, config) -> None:
             f"warm_start.micro_rows={warm.micro_rows} does not divide warm_start.batch_size={warm.batch_size}: "
             "choose 0 (all) or a divisor"
         )
-    _check_context("budgets.tokens", settings, tuple(config.budgets.tokens))
-    _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets))
     context, longest = settings.model.max_position, data.demonstration_length(settings.task)
     if longest > context:
         raise ValueError(

@@ -14,7 +14,19 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from tto_jax import checkpoint, data, diagnostics, evaluation, grading, host, learner, rollout, settings, warm_start
+from tto_jax import (
+    checkpoint,
+    data,
+    diagnostics,
+    evaluation,
+    grading,
+    host,
+    inputs,
+    learner,
+    rollout,
+    settings,
+    warm_start,
+)
 from tto_jax.core import credit, rewards, token_tree
 from tto_jax.metrics import MetricsWriter, Progress
 from tto_jax.settings import Settings
@@ -33,7 +45,11 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option is a flag, such as --config.steps=10")
     host.set_up()
     config = _CONFIG.value
-    plan = settings.build(config)
+    if _WARM_START_ONLY.value and inputs.is_pretrained(config):
+        raise app.UsageError(
+            "--warm_start_only: this experiment starts from a pretrained model, there is no warm start"
+        )
+    plan = settings.build(config, need_model=not _DRY_RUN.value)
     print(describe(plan), flush=True)
     if _DRY_RUN.value:
         print(config)
@@ -46,26 +62,37 @@ def main(argv):
 def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = False) -> None:
     """Warm start, then `plan.steps` steps of rollout, credit and update."""
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=resumable(plan))
-
-    # The policy: warm start -> state -> whatever the last checkpoint holds.
-    initial = warm_start.get(config, plan, workdir)
     if warm_start_only:
+        warm_start.get(config, plan, workdir)
         return
-    reference = initial if plan.loss.kl else None
-    state = learner.init_state(jax.tree.map(jnp.copy, initial), plan.optimizer)
-    source = data.ProblemSource(plan.task, "train", config.data.problems)
-    batches = data.problem_batches(source, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed)
+
+    # The problems, and those that are held out.
+
+    found = inputs.training_problems(config, plan.task, plan.tokenizer)
+    print(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
+    batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed)
+    held_out = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     # Whatever ends the loop, a save in flight is finished first.
     with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as saved:
-        begin, totals = 0, {"tokens": 0, "seconds": 0.0}
-        if (step := saved.latest_step()) is not None:
-            state, extra = saved.restore(step, state)
+        # The policy: what the last checkpoint holds, or what the run starts from.
+        begin, totals = saved.latest_step() or 0, {"tokens": 0, "seconds": 0.0}
+        initial = initial_params(config, plan, workdir) if plan.loss.kl or not begin else None
+        reference = initial if plan.loss.kl else None
+        if begin:
+            state, extra = saved.restore(begin, learner.abstract_state(plan.model, plan.optimizer))
+            if extra["problems"] != found.fingerprint:
+                raise ValueError(
+                    f"data.train={config.data.train} has changed since step {begin}: its cursor means others"
+                )
             batches.set_state(extra["cursor"])
-            begin, totals = step, extra["totals"]
+            totals = extra["totals"]
+        else:  # the state is donated to the update, the reference stays
+            state = learner.init_state(jax.tree.map(jnp.copy, initial) if reference else initial, plan.optimizer)
+        del initial
         writer = MetricsWriter(workdir, resume_step=begin if begin else -1)
         progress = Progress(plan.steps, initial=begin)
         if begin == 0:
-            evaluate_row(config, plan, state.params, writer, 0, totals)
+            evaluate_row(config, plan, held_out, state.params, writer, 0, totals)
 
         for step in range(begin + 1, plan.steps + 1):
             clock = Clock()
@@ -84,7 +111,8 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
 
                 # Grade on the host, turn scores into credit, pack trees.
                 seen = jax.device_get((traces, forks, answers))
-                scores = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
+                graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
+                scores = graded.scores
                 clock.mark("grade")
                 correct = jax.device_put(scores.correct)
                 rows, earned, baselines = credit_and_pack(
@@ -113,25 +141,37 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
             totals = {"tokens": totals["tokens"] + int(tokens[0].sum()), "seconds": totals["seconds"] + clock.total()}
             row = diagnostics.rollout_metrics(scores, seen[0], seen[1], np.asarray(plan.schedule.tokens))
             row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.token_metrics(*tokens)
-            row |= diagnostics.update_metrics(updates) | totals | clock.seconds()
+            row |= diagnostics.update_metrics(updates) | graded.counts() | totals | clock.seconds()
             writer.write(step, row)
             progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
             if step % config.log.samples_every == 0:
                 shown = diagnostics.samples(plan, batch.problems, *seen, scores, earned, count=config.log.samples)
                 writer.write_samples(step, shown)
             if step % config.evaluation.every == 0:
-                evaluate_row(config, plan, state.params, writer, step, totals)
+                evaluate_row(config, plan, held_out, state.params, writer, step, totals)
             if step % config.checkpoint.every == 0 or step == plan.steps:
                 writer.flush()
-                saved.save(step, state, {"cursor": batches.get_state(), "totals": totals})
+                saved.save(step, state, host_state(batches, found, totals))
         progress.close()
         writer.close()
+
+
+def host_state(batches, found, totals) -> dict:
+    """What a checkpoint holds beside the state: the data's cursor and what it points into, and the counters."""
+    return {"cursor": batches.get_state(), "problems": found.fingerprint, "totals": totals}
+
+
+def initial_params(config, plan: Settings, workdir: epath.Path):
+    """What the run starts from: a pretrained model, or the warm start."""
+    if inputs.is_pretrained(config):
+        return inputs.pretrained_params(config, plan.model, workdir)
+    return warm_start.get(config, plan, workdir)
 
 
 def resumable(plan: Settings) -> tuple[str, ...]:
     """What may change when a run is resumed; a cosine is as long as the run, so there `steps` may not."""
     steps = () if plan.optimizer.schedule == "cosine" else ("steps",)
-    return (*steps, "evaluation", "checkpoint", "log", "warm_start.cache")
+    return (*steps, "evaluation", "checkpoint", "log", "warm_start.cache", "data.eval", "task.verifier")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,25 +189,26 @@ def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
     return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
 
 
-def evaluate_row(config, plan, params, writer, step, totals) -> None:
-    """A small evaluation as a row of its own kind: accuracy at budgets against steps and sampled tokens."""
-    wanted = config.evaluation
-    if not wanted.problems:
-        return
-    result = evaluation.evaluate(
-        plan, params, problems=wanted.problems, budgets=tuple(wanted.budgets), answers=wanted.answers, seed=wanted.seed
-    )
-    accuracy = result.correct.mean(axis=(0, 1, 3))
-    writer.write(
-        step,
-        {
-            "eval/anytime": accuracy.mean(),
-            "eval/final": accuracy[-1],
-            "eval/accuracy": accuracy,
-            "eval/length": result.length.mean(),
-            **totals,
-        },
-    )
+def evaluate_row(config, plan, held_out, params, writer, step, totals) -> None:
+    """A small evaluation as a row of its own kind: accuracy at budgets against steps and sampled tokens.
+
+    With several sets, `eval/NAME/...` of each and `eval/...`, the mean over them.
+    """
+    options, rows = evaluation.Options.from_config(config.evaluation), {}
+    for name, found in held_out.items():
+        if len(found.problems):
+            result = evaluation.evaluate(plan, params, found.problems, options)
+            accuracy = result.correct.mean(axis=(0, 1, 3))
+            rows[name] = {
+                "anytime": accuracy.mean(),
+                "final": accuracy[-1],
+                "accuracy": accuracy,
+                "length": result.length.mean(),
+            }
+    if rows:
+        mean = {f"eval/{key}": np.mean([row[key] for row in rows.values()], axis=0) for key in rows[next(iter(rows))]}
+        each = {f"eval/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+        writer.write(step, mean | (each if len(rows) > 1 else {}) | totals)
 
 
 class Clock:
@@ -196,8 +237,11 @@ def describe(plan: Settings) -> str:
     """The resolved sizes, for the start of a run and for --dry_run."""
     params = jax.eval_shape(lambda: learner.decoder.init_params(plan.model, 0))
     count = sum(x.size for x in jax.tree.leaves(params))
+    inserted = f"{len(plan.rollout.elicit_ended)} or {len(plan.rollout.elicit_cut)} tokens inserted before an answer"
+    absent = "" if plan.tokenizer.hf else "; by the configuration, as init is empty: it was not checked with a model"
     lines = {
         "task": plan.task,
+        "tokens": f"prompts up to {plan.prompt_pad}, {inserted}, answers up to {plan.rollout.answer_cap}{absent}",
         "model": f"{count:,} parameters (float32), computed in {plan.model.dtype}",
         "budgets": f"{np.asarray(plan.schedule.tokens).tolist()} tokens, "
         f"prior {np.asarray(plan.schedule.weights).round(4).tolist()}",

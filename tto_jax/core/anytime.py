@@ -101,13 +101,43 @@ def overthinking_rate(correct: Array, forks: Array) -> jax.Array:
     return jnp.mean(jnp.any(earlier & better, axis=-1).astype(jnp.float32), axis=(0, 1))
 
 
+def resample_counts(key: jax.Array, problems: int, resamples: int = 2000) -> jax.Array:
+    """How often each problem is drawn in each bootstrap resample: f32[resamples, problems], rows sum to `problems`."""
+    drawn = jax.random.randint(key, (resamples, problems), 0, problems)
+    return jnp.zeros((resamples, problems), jnp.float32).at[jnp.arange(resamples)[:, None], drawn].add(1.0)
+
+
+def resampled_means(per_problem: Array, counts: Array) -> jax.Array:
+    """Mean over problems of every resample. f32[B, ...], `resample_counts` f32[R, B] -> f32[R, ...].
+
+    One matrix product: trailing axes (budgets, say) are resampled together. The ratio of two calls with the same counts
+    is a resampled ratio, NaN or infinite where a resample's denominator is 0.
+    """
+    chex.assert_rank(counts, 2)
+    values = jnp.asarray(per_problem, jnp.float32)
+    batch = values.shape[0]
+    means = jnp.matmul(counts, values.reshape(batch, -1), precision=jax.lax.Precision.HIGHEST) / batch
+    return means.reshape(-1, *values.shape[1:])
+
+
+def percentile_interval(draws: Array, level: float = 0.95) -> tuple[jax.Array, jax.Array]:
+    """Low and high, f32[...], between which the middle `level` of f32[R, ...] lies.
+
+    Draws that are NaN (a ratio with nothing in its denominator) are left out: the interval is then of the resamples in
+    which the number exists, NaN if it never does.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1); got {level}.")
+    low, high = jnp.nanquantile(draws, jnp.array([(1 - level) / 2, (1 + level) / 2]), axis=0)
+    return low, high
+
+
 def bootstrap_interval(
     per_problem: Array, key: jax.Array, resamples: int = 2000, level: float = 0.95
 ) -> tuple[jax.Array, jax.Array]:
     """Percentile bootstrap interval of the mean over problems.
 
-    A resample is a row of multinomial counts, so all of them are one matrix product and trailing axes (budgets, say)
-    are resampled together. With few problems the interval is too narrow, by about sqrt(1 - 1/B) and the skew.
+    With few problems the interval is too narrow, by about sqrt(1 - 1/B) and the skew.
 
     Args:
       per_problem: f32[B, ...], one value a problem: means over traces and answers.
@@ -120,13 +150,8 @@ def bootstrap_interval(
     """
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level must be in (0, 1) and resamples positive; got {level} and {resamples}.")
-    values = jnp.asarray(per_problem, jnp.float32)
-    batch = values.shape[0]
-    drawn = jax.random.randint(key, (resamples, batch), 0, batch)
-    counts = jnp.zeros((resamples, batch), jnp.float32).at[jnp.arange(resamples)[:, None], drawn].add(1.0)
-    means = jnp.matmul(counts, values.reshape(batch, -1), precision=jax.lax.Precision.HIGHEST) / batch
-    low, high = jnp.quantile(means, jnp.array([(1 - level) / 2, (1 + level) / 2]), axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+    counts = resample_counts(key, jnp.shape(per_problem)[0], resamples)
+    return percentile_interval(resampled_means(per_problem, counts), level)
 
 
 def paired_bootstrap(

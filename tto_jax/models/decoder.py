@@ -17,21 +17,12 @@ from tto_jax.kernels.branch_decode import branch_decode
 from tto_jax.kernels.tree_attention import tree_attention
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
+from tto_jax.models.rope import rotary
 
 Params = dict[str, Any]
 Attend = Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
 
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-def rotary(x: Array, position: Array, theta: float) -> jax.Array:
-    """Rotate halves of x [R,T,H,D] by position i32[R,T] (Llama's convention), in float32."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -56,7 +47,7 @@ class Attention(nnx.Module):
         q, k = split(self.q(x), config.num_heads), split(self.k(x), config.num_kv_heads)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotary(q, position, config.rope_theta), rotary(k, position, config.rope_theta)
+        q, k = rotary(q, position, config), rotary(k, position, config)
         out, state = attend(q, k, split(self.v(x), config.num_kv_heads))
         return self.out(out.reshape(*x.shape[:2], -1)), state
 

@@ -1,17 +1,29 @@
-"""Tasks that come with the library, by name."""
+"""Tasks that come with the library, by name; and the strings around problems of other sources."""
 
 import dataclasses
 
 from tto_jax.tasks.chain import Chain
 from tto_jax.tasks.peak import Peak
-from tto_jax.tasks.problem import SPLITS, Demonstration, Problem, Task, prompt_id, split_of
+from tto_jax.tasks.problem import SPLITS, Demonstration, EmbeddedTask, Problem, Task, Verdict, prompt_id, split_of
 
-__all__ = ["SPLITS", "Chain", "Demonstration", "Peak", "Problem", "Task", "get", "prompt_id", "split_of"]
+__all__ = [
+    "SPLITS",
+    "Chain",
+    "Demonstration",
+    "EmbeddedTask",
+    "Peak",
+    "Problem",
+    "Task",
+    "Verdict",
+    "get",
+    "prompt_id",
+    "split_of",
+]
 
 _TASKS = {cls.name: cls for cls in (Peak, Chain)}
 
 
-def get(name: str, **fields) -> Task:
+def get(name: str, **fields) -> EmbeddedTask:
     """The task called `name`, with the given fields in place of its defaults."""
     if name not in _TASKS:
         raise ValueError(f"task {name!r} is unknown; the choices are {', '.join(_TASKS)}")

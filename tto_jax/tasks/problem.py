@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,12 +28,36 @@ class Demonstration:
     masked: tuple[bool, ...]  # one per token; True: not trained
 
 
+class Verdict(NamedTuple):
+    """What a task says of one answer's text."""
+
+    correct: bool
+    formatted: bool  # has the right form, right or not
+    answer: str  # what was taken for the answer, in normal form; empty: nothing. Equal ones vote together
+    how: str = "text"  # what decided: "text", "symbolic", "timeout", "crash"
+
+
 class Task(Protocol):
-    """A source of problems, the strings that elicit their answers, and the rule that judges them."""
+    """Problems, the size of what is sampled, and the rule that judges answers. Embedded tasks are `WordTask`s."""
 
     @property
     def name(self) -> str:
-        """The name that `tasks.get` knows it by."""
+        """The name that a configuration knows it by."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """P: longer prompts are left out."""
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Sampled tokens of the longest answer, EOS included."""
+
+    def judge(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+        """A verdict for each (text that was sampled after the insertion, its EOS left out; problem)."""
+
+
+class EmbeddedTask(Task, Protocol):
+    """A task that makes its own problems, of its own words."""
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -59,16 +84,8 @@ class Task(Protocol):
         """Inserted before an answer if the trace is cut."""
 
     @property
-    def max_prompt_tokens(self) -> int:
-        """Tokens of the longest prompt."""
-
-    @property
     def max_trace_tokens(self) -> int:
         """Tokens of the longest demonstrated thinking, `think_end` not counted."""
-
-    @property
-    def max_answer_tokens(self) -> int:
-        """Tokens of the longest answer, `eos` included."""
 
     def problem(self, index: int, split: str) -> Problem:
         """Problem `index` of a split; always the same one."""
@@ -78,12 +95,6 @@ class Task(Protocol):
 
     def demonstration(self, problem: Problem, rng: np.random.Generator) -> Demonstration:
         """An example of thinking and answering, not always a right one."""
-
-    def is_correct(self, answer_text: str, problem: Problem) -> bool:
-        """Whether an answer is right."""
-
-    def is_formatted(self, answer_text: str) -> bool:
-        """Whether an answer has the right form, right or not."""
 
 
 def prompt_id(prompt: str) -> int:

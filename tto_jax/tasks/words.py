@@ -2,11 +2,12 @@
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from tto_jax.tasks.problem import Problem, check_split, prompt_id, split_of_id
+from tto_jax.tasks.problem import Problem, Verdict, check_split, prompt_id, split_of_id
 
 PAD, START, THINK, THINK_END, ANSWER, EOS = "<pad>", "<s>", "<think>", "</think>", "ANS", "</s>"
 DIGITS = tuple("0123456789")
@@ -62,6 +63,13 @@ class WordTask(abc.ABC):
     def problem(self, index: int, split: str) -> Problem:
         """Problem `index` of a split; always the same one."""
         return self.sample(np.random.default_rng([self.seed, index]), split)
+
+    def judge(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+        """Exact match, word by word."""
+        return [
+            Verdict(self.is_correct(text, problem), self.is_formatted(text), " ".join(text.split()))
+            for text, problem in items
+        ]
 
     def is_correct(self, answer_text: str, problem: Problem) -> bool:
         """Whether the answer's words are those of one of the problem's answers."""

@@ -1,0 +1,21 @@
+"""math: any pretrained model on any prepared set of problems; its sizes are read from `init`.
+
+    python -m tto_jax.train --config=configs/math.py:brpo --workdir=runs/math \\
+      --config.init=models/my_model --config.data.train=sets/math_train --config.data.eval="('sets/aime24',)"
+
+Variants: brpo, brpo_linear, brpo_base, grpo, grpo_length, grpo_answers, group, mrt. Budgets, batch, rates are options
+like any other: --config.budgets.tokens="(512,1024)" --config.rollout.problems=8
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "brpo") -> ConfigDict:
+    if variant not in common.ALGORITHMS:
+        raise ValueError(f"variant {variant!r}: choose one of {tuple(common.ALGORITHMS)}")
+    config = common.pretrained(variant, variant, budgets=(1024, 2048, 3072, 4096))
+    config.steps = 100
+    config.learner.tokens_per_row = 4096
+    return config.lock()

@@ -1,0 +1,158 @@
+"""Two evaluations of the same problems: paired differences of every metric, with 95% intervals over problems."""
+
+import dataclasses
+import json
+
+import numpy as np
+from etils import epath
+
+from tto_jax import evaluation, summary
+from tto_jax.evaluation import Evaluation
+
+SAMPLING = ("answers", "temperature", "evaluation_seed")  # may differ, and a reader should know
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """An evaluation as it lies on disk."""
+
+    name: str
+    results: dict  # results.json
+    sets: dict[str, Evaluation]
+
+
+def load(path: epath.PathLike) -> Evaluated:
+    """Reads PATH/evaluation. Raises ValueError if PATH was not evaluated."""
+    folder = epath.Path(path) / "evaluation"
+    for name in ("results.json", "scores.npz"):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing: `python -m tto_jax.evaluate` makes it.")
+    return Evaluated(
+        name=str(path).rstrip("/"),
+        results=json.loads((folder / "results.json").read_text()),
+        sets=evaluation.load(folder / "scores.npz"),
+    )
+
+
+def compare(a: Evaluated, b: Evaluated) -> dict:
+    """The record of compare.json: differences A - B of each shared set under `sets`, and their mean over the sets.
+
+    Problems are matched by their id, those of one evaluation only are left out and counted. Both sides of a difference
+    are resampled together. A metric is {"a", "b", "difference", "ci95"}, with lists where it has one number a budget.
+
+    Raises:
+      ValueError: other budgets or another number of traces, no shared set, or no shared problem in one.
+    """
+    for what in ("budgets", "traces"):
+        if a.results[what] != b.results[what]:
+            raise ValueError(
+                f"{what} differ: {a.name} has {a.results[what]}, {b.name} has {b.results[what]}; evaluate both with "
+                f"the same --{what}, as pass@k, maj@k and every mean over budgets depend on them."
+            )
+    names = [name for name in a.sets if name in b.sets]
+    if not names:
+        raise ValueError(f"no set is shared: {a.name} has {list(a.sets)}, {b.name} has {list(b.sets)}.")
+    budgets, seed = tuple(a.results["budgets"]), a.results["evaluation_seed"]
+    limits = tuple(c for c in a.results["regret_tokens"] if c in b.results["regret_tokens"])
+    values, draws, each = [], [], {}
+    for name in names:
+        value, draw, matched = _paired(name, a, b, budgets, limits, seed)
+        values.append(value)
+        draws.append(draw)
+        each[name] = matched | {"metrics": _describe([value], [draw])}
+    return {
+        "a": a.name,
+        "b": b.name,
+        "budgets": list(budgets),
+        "traces": a.results["traces"],
+        "notes": _notes(a, b),
+        "metrics": _describe(values, draws),
+        "sets": each,
+    }
+
+
+def _paired(name, a, b, budgets, limits, seed):
+    """(value of a and of b, draws of the difference) of every metric, and how the problems matched."""
+    ids = np.intersect1d(a.sets[name].id, b.sets[name].id)
+    if not ids.size:
+        raise ValueError(f"set {name}: {a.name} and {b.name} share no problem; they hold different problems.")
+    sides = []
+    for side in (a, b):
+        order = np.argsort(side.sets[name].id)
+        index = order[np.searchsorted(side.sets[name].id[order], ids)]
+        found = summary.metrics(side.sets[name], budgets, limits)
+        sides.append({key: metric.take(index) for key, metric in found.items()})
+    counts = summary.counts_of(name, len(ids), seed)
+    values = {key: np.stack([side[key].value() for side in sides]) for key in sides[0]}
+    draws = {key: sides[0][key].draws(counts) - sides[1][key].draws(counts) for key in sides[0]}
+    left = {"problems": len(ids), "only_a": len(a.sets[name].id) - len(ids), "only_b": len(b.sets[name].id) - len(ids)}
+    return values, draws, left
+
+
+def _describe(values: list[dict], draws: list[dict]) -> dict:
+    found = {}
+    for key in values[0]:
+        a, b = np.mean([one[key] for one in values], axis=0)
+        found[key] = {
+            "a": summary.plain(a),
+            "b": summary.plain(b),
+            "difference": summary.plain(a - b),
+            "ci95": summary.interval(np.mean([one[key] for one in draws], axis=0)),
+        }
+    return found
+
+
+def _notes(a: Evaluated, b: Evaluated) -> list[str]:
+    notes = [
+        f"{what}: {a.results[what]} and {b.results[what]}" for what in SAMPLING if a.results[what] != b.results[what]
+    ]
+    for side, other in ((a, b), (b, a)):
+        if only := [name for name in side.sets if name not in other.sets]:
+            notes.append(f"only {side.name} has {', '.join(only)}: left out")
+    return notes
+
+
+def table(record: dict, columns: int = 8) -> str:
+    """The record for a reader: one block a set, one line a metric; accuracy at up to `columns` budgets.
+
+    Rates are in percent, lengths in tokens. Where a metric has one number a budget, the last one is shown.
+    """
+    blocks = {name: (entry["metrics"], _count(entry)) for name, entry in record["sets"].items()}
+    if len(blocks) > 1:
+        blocks["mean over sets"] = (record["metrics"], "")
+    parts = [f"A  {record['a']}\nB  {record['b']}"]
+    for name, (found, count) in blocks.items():
+        rows = [[f"{name}{count}", "A", "B", "A - B", "95%"]]
+        rows += [_row(key, entry) for key, entry in _shown(found, record["budgets"], columns)]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts + [f"note: {note}" for note in record["notes"]])
+
+
+def _count(entry: dict) -> str:
+    found = [f"{entry['problems']} problems"]
+    found += [f"{entry[f'only_{side}']} of {side.upper()} only" for side in "ab" if entry[f"only_{side}"]]
+    return f" ({', '.join(found)})"
+
+
+def _shown(found: dict, budgets: list[int], columns: int) -> list[tuple[str, dict]]:
+    """(label, entry of plain numbers) of the lines of a block."""
+    at = lambda entry, i: {key: value[i] for key, value in entry.items()}  # noqa: E731
+    picked = np.unique(np.linspace(0, len(budgets) - 1, min(columns, len(budgets))).round().astype(int)).tolist()
+    lines = [(f"accuracy at {budgets[i]}", at(found["accuracy"], i)) for i in picked]
+    for key, entry in found.items():
+        if key != "accuracy":
+            of_budgets = isinstance(entry["difference"], list)
+            lines.append((f"{key} at {budgets[-1]}", at(entry, -1)) if of_budgets else (key, entry))
+    return lines
+
+
+def _row(key: str, entry: dict) -> list[str]:
+    length = key.startswith("mean_length")
+
+    def text(value, sign=""):
+        return "none" if value is None else f"{value:{sign}.1f}" if length else f"{100 * value:{sign}.1f}"
+
+    low, high = (text(value, "+") for value in entry["ci95"])
+    return [key, text(entry["a"]), text(entry["b"]), text(entry["difference"], "+"), f"[{low}, {high}]"]

@@ -1,0 +1,214 @@
+"""Kept completions: what an evaluation has sampled and how it was graded, as compressed JSON lines in parts.
+
+A part is one rollout. It is written beside its place and renamed, so that what lies there is whole, and an evaluation
+that was killed goes on from its parts. One line a trace:
+
+    id, index              of the problem: its hash, its place in the set
+    trace                  number of the trace, from 0
+    prompt_tokens, tokens  of the prompt; of the trace, its stop token included
+    ended, eos             stopped thinking by itself; ended with EOS instead (neither: cut at the last budget)
+    text                   the trace
+    forks, inserted        at each budget: tokens of the trace before the answers; tokens inserted there
+    answers                at each budget, one object an answer: text, answer (as extracted, in normal form; empty:
+                           none), correct (the score, 0 or 1), formatted, tokens (sampled, EOS included), how (what
+                           judged it: text, symbolic, timeout, crash)
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import uuid
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from tto_jax.core.types import Answers, Traces
+from tto_jax.grading import Graded
+from tto_jax.models.decoder import Params
+from tto_jax.settings import Settings
+from tto_jax.tasks import Problem
+from tto_jax.tokenizer import Tokenizer
+
+Columns = dict[str, np.ndarray]  # one row a trace
+
+_ABSENT = object()
+_MIXER = np.uint32(2 * 0x4F1BBCDD)  # even, so that a place's factor is odd: a changed bit always shows modulo 2**32
+
+
+def part_path(folder: epath.Path, number: int) -> epath.Path:
+    """Where part `number` of a set lies."""
+    return folder / f"{number:05d}.jsonl.gz"
+
+
+def lines(
+    tokenizer: Tokenizer,
+    names: Sequence[dict],
+    prompt_length: np.ndarray,
+    traces: Traces,
+    forks: np.ndarray,
+    answers: Answers,
+    graded: Graded,
+) -> list[dict]:
+    """The lines of N traces.
+
+    Args:
+      tokenizer: decodes the traces.
+      names: N dicts of id, index and trace.
+      prompt_length: i32[N].
+      traces, forks, answers: N rows of the rollout, on the host.
+      graded: of these rows, [B, G, S, A] with B G = N.
+    """
+    shape = np.shape(answers.length)  # [N, S, A]
+    text_of, verdict_of = graded.text_of.reshape(shape), graded.verdict_of.reshape(shape)
+    correct, formatted = graded.scores.correct.reshape(shape), graded.scores.formatted.reshape(shape)
+    sampled = answers.length - answers.forced[..., None]
+
+    def answer(at) -> dict:
+        verdict = graded.verdicts[verdict_of[at]]
+        return {
+            "text": graded.texts[text_of[at]],
+            "answer": verdict.answer,
+            "correct": int(correct[at]),
+            "formatted": bool(formatted[at]),
+            "tokens": int(sampled[at]),
+            "how": verdict.how,
+        }
+
+    return [
+        name
+        | {
+            "prompt_tokens": int(prompt_length[n]),
+            "tokens": int(traces.length[n]),
+            "ended": bool(traces.ended[n]),
+            "eos": bool(traces.eos[n]),
+            "text": tokenizer.decode(traces.tokens[n, : traces.length[n]].tolist()),
+            "forks": forks[n].tolist(),
+            "inserted": answers.forced[n].tolist(),
+            "answers": [[answer((n, s, a)) for a in range(shape[2])] for s in range(shape[1])],
+        }
+        for n, name in enumerate(names)
+    ]
+
+
+def columns(found: Sequence[dict]) -> Columns:
+    """The lines as arrays, texts left out: the one way from completions to numbers, fresh or read back."""
+    each = lambda name: [[[a[name] for a in column] for column in line["answers"]] for line in found]  # noqa: E731
+    of = lambda name, dtype: np.array([line[name] for line in found], dtype)  # noqa: E731
+    return {
+        "id": of("id", np.uint32),
+        "prompt_length": of("prompt_tokens", np.int32),
+        "length": of("tokens", np.int32),
+        "ended": of("ended", bool),
+        "forks": of("forks", np.int32),
+        "inserted": of("inserted", np.int32),
+        "correct": np.array(each("correct"), np.float32),
+        "formatted": np.array(each("formatted"), bool),
+        "answer_length": np.array(each("tokens"), np.int32),
+        "answer": np.array(each("answer"), object),
+        "how": np.array(each("how"), object),
+    }
+
+
+def write(path: epath.Path, found: Sequence[dict]) -> None:
+    """One part, at once or not at all."""
+    text = "".join(json.dumps(line) + "\n" for line in found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.tmp-{uuid.uuid4().hex[:8]}"
+    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+    temporary.replace(path)
+
+
+def read(path: epath.Path) -> list[dict]:
+    """The lines of one part. Raises ValueError if it is damaged."""
+    try:
+        return [json.loads(line) for line in gzip.decompress(path.read_bytes()).split(b"\n") if line]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and its part is sampled again.") from error
+
+
+def claim(folder: epath.Path, identity: dict) -> None:
+    """Writes `folder/options.json`, or checks that the parts in `folder/completions` are of this evaluation.
+
+    Raises ValueError, with every difference, if they are of another one.
+    """
+    path, text = folder / "options.json", json.dumps(identity, indent=2, sort_keys=True) + "\n"
+    if path.exists() and any(folder.glob("completions/*/*.jsonl.gz")):
+        have, give = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+        differ = [
+            f"{name}: {_shown(have, name)} there, {_shown(give, name)} here"
+            for name in sorted(have.keys() | give.keys())
+            if _shown(have, name) != _shown(give, name)
+        ]
+        if differ:
+            raise ValueError(
+                f"{folder} holds completions of another evaluation:\n  "
+                + "\n  ".join(differ)
+                + f"\nGive --out=DIR, restore these options, or remove {folder}."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"options.json.tmp-{uuid.uuid4().hex[:8]}"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def identity(settings: Settings, params: Params, sets: dict[str, Sequence[Problem]], options, task: dict) -> dict:
+    """Everything that decides the completions, the code left out.
+
+    settings, params: of the model. sets: problems by name. options: of the evaluation, a dataclass. task: the
+    configuration's section.
+    """
+    tokenizer = settings.tokenizer
+    return {
+        "options": dataclasses.asdict(options),
+        "sets": {name: {"problems": len(found), "sha256": digest(found)} for name, found in sets.items()},
+        "task": task,
+        "tokens": {
+            "think_end": tokenizer.think_end_id,
+            "eos": tokenizer.eos_id,
+            "elicit_ended": tokenizer.elicit_ended,
+            "elicit_cut": tokenizer.elicit_cut,
+        },
+        "model": dataclasses.asdict(settings.model),
+        "parameters": fingerprint(params),
+    }
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """16 hexadecimal digits of the SHA-256 of ids, prompts and answers in order."""
+    text = hashlib.sha256()
+    for i in range(len(problems)):
+        text.update(json.dumps(dataclasses.astuple(problems[i])).encode() + b"\n")
+    return text.hexdigest()[:16]
+
+
+def fingerprint(params: Params) -> str:
+    """16 hexadecimal digits that change with any bit of the parameters; the same on every kind of device."""
+
+    def checksum(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+        place = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
+        return jnp.sum(bits.astype(jnp.uint32) * (place * _MIXER + np.uint32(1)), dtype=jnp.uint32)
+
+    named = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(jax.jit(lambda leaves: [checksum(x) for x in leaves])([x for _, x in named]))
+    facts = [(jax.tree_util.keystr(path), x.shape, str(x.dtype), int(n)) for (path, x), n in zip(named, sums)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def _shown(flat: dict, name: str) -> str:
+    value = flat.get(name, _ABSENT)
+    return "nothing" if value is _ABSENT else json.dumps(value)

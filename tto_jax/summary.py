@@ -1,0 +1,190 @@
+"""What an evaluation says: every number of results.json, with its 95% interval over problems.
+
+Every metric is a ratio of two sums over problems (a mean has ones below). The bootstrap resamples problems, within
+each set, with one draw for all metrics; the mean over sets is unweighted, as in the papers' tables.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tto_jax.core import anytime, progress
+from tto_jax.evaluation import Evaluation
+
+RESAMPLES = 2000
+_AT_ONCE = 64  # problems: bounds the memory of what is quadratic in budgets or answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """Sums of every problem, whose ratio over all problems is the number."""
+
+    above: np.ndarray  # f64[B] or f64[B, S]
+    below: np.ndarray  # the same shape
+
+    @classmethod
+    def mean(cls, per_problem) -> "Metric":
+        """The mean over problems."""
+        values = np.asarray(per_problem, np.float64)
+        return cls(values, np.ones_like(values))
+
+    def take(self, index: np.ndarray) -> "Metric":
+        """Of some of the problems."""
+        return Metric(self.above[index], self.below[index])
+
+    def value(self) -> np.ndarray:
+        """f64[] or f64[S]; NaN where the sum below is 0: there is nothing to take a mean of."""
+        with np.errstate(invalid="ignore"):
+            return self.above.sum(axis=0) / self.below.sum(axis=0)
+
+    def draws(self, counts: jax.Array) -> np.ndarray:
+        """f32[R] or f32[R, S]: `value` of every resample, NaN where its sum below is 0."""
+        above, below = (np.asarray(anytime.resampled_means(x, counts)) for x in (self.above, self.below))
+        with np.errstate(invalid="ignore"):
+            return above / below
+
+
+Metrics = dict[str, Metric]
+
+
+def metrics(result: Evaluation, budgets: tuple[int, ...], limits: tuple[int, ...]) -> Metrics:
+    """Everything that is measured of one set, by name. Lists have one number a budget.
+
+    Args:
+      result: of the set, n traces a problem.
+      budgets: S token budgets.
+      limits: token counts C0 of the normalised regret.
+
+    Returns:
+      accuracy (avg@n), pass@k and maj@k for k = 1, 2, 4.. <= n, overthinking, formatted and unfinished, all at every
+      budget; anytime and final, the mean and the last of accuracy; mean_length in tokens, also over the traces with
+      more than half of the final answers right (mean_length_correct) and over the others (mean_length_wrong);
+      regret@C0. pass@k and maj@k take one answer from each of k traces; a mean over the A answers of a trace follows.
+    """
+    accuracy = result.correct.mean(axis=(1, 3), dtype=np.float64)
+    n = result.correct.shape[1]
+    found = {"accuracy": Metric.mean(accuracy), f"avg@{n}": Metric.mean(accuracy)}
+    found |= {"anytime": Metric.mean(accuracy.mean(axis=1)), "final": Metric.mean(accuracy[:, -1])}
+    sizes = [2**i for i in range(n.bit_length())]
+    found |= {f"pass@{k}": Metric.mean(_pass_at(result.correct, k)) for k in sizes}
+    found |= {f"maj@{k}": Metric.mean(_maj_at(result.vote, k)) for k in sizes}
+    unfinished = (result.length[..., None] > np.asarray(budgets)) | ~result.ended[..., None]
+    found |= {
+        "overthinking": Metric.mean(_overthinking(result.correct, result.forks)),
+        "formatted": Metric.mean(result.formatted.mean(axis=(1, 3))),
+        "unfinished": Metric.mean(unfinished.mean(axis=1)),
+    }
+    regret = _regret(result, limits)
+    return found | _lengths(result) | {f"regret@{c}": Metric.mean(regret[:, i]) for i, c in enumerate(limits)}
+
+
+def _lengths(result: Evaluation) -> Metrics:
+    length = result.length.astype(np.float64)
+    right = result.correct[:, :, -1].mean(axis=-1) > 0.5
+    over = lambda which: Metric((length * which).sum(axis=1), which.sum(axis=1, dtype=np.float64))  # noqa: E731
+    return {
+        "mean_length": Metric.mean(length.mean(axis=1)),
+        "mean_length_correct": over(right),
+        "mean_length_wrong": over(~right),
+    }
+
+
+def _pass_at(correct: np.ndarray, k: int) -> np.ndarray:
+    """f32[B, S], a mean over answer numbers: their n traces are independent, the answers of one trace are not."""
+    n = correct.shape[1]
+    return np.asarray(anytime.pass_at_k(np.full((), n), correct.sum(axis=1), k)).mean(axis=-1)
+
+
+def _maj_at(vote: np.ndarray, k: int) -> np.ndarray:
+    """f32[B, S], a mean over answer numbers as in `_pass_at`."""
+    batch, n, size, answers = vote.shape
+    columns = vote.transpose(0, 2, 3, 1).reshape(-1, n)
+    one = lambda row: anytime.maj_at_k(row[None], jnp.zeros(1, jnp.int32), k)[0]  # noqa: E731
+    return np.asarray(_map(one, columns)).reshape(batch, size, answers).mean(axis=-1)
+
+
+def _overthinking(correct: np.ndarray, forks: np.ndarray) -> np.ndarray:
+    """f32[B, S]."""
+    return np.asarray(_map(lambda x: anytime.overthinking_rate(x[0][None], x[1][None]), (correct, forks)))
+
+
+def _regret(result: Evaluation, limits: tuple[int, ...]) -> np.ndarray:
+    """Normalised regret f32[B, C] (arXiv 2503.07572), of each trace, then the mean over traces.
+
+    A point of a trace's curve is (prompt + trace + inserted + sampled tokens, score), both means over all answers that
+    share the fork. Where shorter answers make a longer prefix cheaper, it counts as much as the one before.
+    """
+    after = result.answer_length + result.inserted[..., None]
+    before = result.prompt_length[:, None, None] + result.forks
+
+    def one(problem):
+        correct, after, forks, before = problem
+        accuracy, length = (anytime.pooled_accuracy(x[None], forks[None])[0] for x in (correct, after))
+        tokens = jax.lax.cummax(before + length, axis=1)
+        of_trace = jax.vmap(jax.vmap(progress.normalized_regret, (None, None, 0)), (0, 0, None))
+        return of_trace(accuracy, tokens, jnp.asarray(limits, jnp.float32)).mean(axis=0)
+
+    return np.asarray(_map(one, (result.correct, after, result.forks, before)))
+
+
+def _map(one, xs):
+    """`one` over the first axis, some at a time."""
+    return jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=_AT_ONCE))(xs)
+
+
+def counts_of(name: str, problems: int, seed: int) -> jax.Array:
+    """The resamples of a set's problems, f32[R, B]: decided by the seed and the set's name."""
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
+    return anytime.resample_counts(key, problems, RESAMPLES)
+
+
+def interval(draws: np.ndarray) -> list:
+    """[low, high] of f32[R], or one for each column of f32[R, S]; None for what never exists."""
+    low, high = (np.asarray(x, np.float64) for x in anytime.percentile_interval(draws))
+    return plain(np.stack([low, high], axis=-1))
+
+
+def plain(values) -> list | float | None:
+    """Numbers for JSON; NaN is None."""
+    values = np.asarray(values, np.float64)
+    if values.ndim:
+        return [plain(x) for x in values]
+    return None if np.isnan(values) else float(values)
+
+
+def summarize(
+    sets: dict[str, Evaluation], budgets: tuple[int, ...], seed: int, limits: tuple[int, ...] | None = None
+) -> dict:
+    """All metrics of every set under `sets`, and at the top their mean over sets; `NAME_ci95` beside each.
+
+    A ratio without anything below (the mean length of right traces where none is right) is None; its interval is of
+    the resamples in which it exists. The mean over sets is None where one of them is.
+
+    Args:
+      sets: evaluations by name, made with the same options.
+      budgets: S token budgets.
+      seed: of the bootstrap.
+      limits: C0 of the normalised regret, in tokens; default: the last budget.
+    """
+    measured = {name: metrics(result, budgets, limits or budgets[-1:]) for name, result in sets.items()}
+    values, draws, each = [], [], {}
+    for name, found in measured.items():
+        counts = counts_of(name, len(sets[name].id), seed)
+        values.append({key: metric.value() for key, metric in found.items()})
+        draws.append({key: metric.draws(counts) for key, metric in found.items()})
+        extra = {"problems": len(sets[name].id), "tokens": sets[name].tokens, "grading": sets[name].grading}
+        each[name] = mean_over_sets(values[-1:], draws[-1:]) | extra
+    total = sum(len(result.id) for result in sets.values())
+    return mean_over_sets(values, draws) | {"problems": total, "sets": each}
+
+
+def mean_over_sets(values: list[dict], draws: list[dict]) -> dict:
+    """`NAME` and `NAME_ci95` of every metric, from its value and its draws in each set."""
+    summary = {}
+    for key in values[0]:
+        summary[key] = plain(np.mean([one[key] for one in values], axis=0))
+        summary[f"{key}_ci95"] = interval(np.mean([one[key] for one in draws], axis=0))
+    return summary

@@ -1,0 +1,1 @@
+"""Whether a mathematical answer is right: extraction, cheap equality, symbolic equality, killable workers."""
