@@ -83,6 +83,54 @@ def test_two_runs_are_compared_over_problems(tmp_path):
     np.testing.assert_allclose(reverse["final"]["difference"], -record["final"]["difference"], rtol=1e-5)
 
 
+def of_two_sets(path, few, many, **changes):
+    """An evaluation of 10 problems of one set and 30 of another, of these skills; results say the mean over sets."""
+    make_run(path, **changes)
+    file = path / "evaluation" / "scores.npz"
+    scores = dict(np.load(file))
+    number = np.repeat([0, 1], [10, 30]).astype(np.int32)
+    rng = np.random.default_rng(changes.get("seed", 0))
+    skill = np.array([few, many])[number][:, None, None, None]
+    scores["correct"] = (rng.random(scores["correct"].shape) < skill).astype(np.float32)
+    scores["id"] = scores["id"][::-1]
+    np.savez(file, **scores, set=number, set_names=np.array(["few", "many"]))
+    each = [scores["correct"][number == i].mean((0, 1, 3)) for i in (0, 1)]
+    results = json.loads((path / "evaluation" / "results.json").read_text())
+    names = ("accuracy", "accuracy_ci95", "anytime", "anytime_ci95", "final")
+    results["sets"] = {
+        name: {key: results[key] for key in names} | {"accuracy": mean.tolist()}
+        for name, mean in zip(("few", "many"), each)
+    }
+    accuracy = np.mean(each, axis=0)
+    results |= {"accuracy": accuracy.tolist(), "anytime": float(accuracy.mean()), "final": float(accuracy[-1])}
+    (path / "evaluation" / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def test_runs_of_several_sets_are_compared_by_the_mean_over_sets(tmp_path):
+    a = report.load_run(of_two_sets(tmp_path / "a", 0.2, 0.6, seed=1))
+    b = report.load_run(of_two_sets(tmp_path / "b", 0.7, 0.6, seed=2))
+    assert a.set_names == ("few", "many") and a.set.tolist() == [0] * 10 + [1] * 30
+    assert (np.diff(a.id[:10]) > 0).all() and (np.diff(a.id[10:]) > 0).all()
+    (record,) = report.compare([a, b])
+    each = [(b.per_problem - a.per_problem)[a.set == i] for i in (0, 1)]
+    for i, what in enumerate(("anytime", "final")):
+        means = [x[:, i].mean() for x in each]
+        np.testing.assert_allclose(record[what]["difference"], np.mean(means), atol=1e-6)
+        # Resampled within each set: the variances of both means add up, each with its own number of problems.
+        error = np.sqrt(sum(x[:, i].var() / len(x) for x in each)) / 2
+        low, high = record[what]["ci95"]
+        np.testing.assert_allclose([low, high], np.mean(means) + np.array([-1.96, 1.96]) * error, atol=0.25 * error)
+    one = make_run(tmp_path / "one")
+    (note,) = report.compare([a, report.load_run(one)])
+    assert "different sets (few, many and )" in note["note"]
+    picture = report.curves([a, *report.runs_of_sets(a)])
+    assert [text.get_text() for text in picture.axes[0].get_legend().get_texts()] == [
+        f"{name} (95% band)" for name in ("a", "few", "many")
+    ]
+    assert report.runs_of_sets(report.load_run(one)) == []
+
+
 def test_pairs_of_seeds_give_a_t_interval(pairs):
     runs = [report.load_run(path) for path in pairs]
     records = report.compare(runs, baseline="grpo")

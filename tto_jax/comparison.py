@@ -54,25 +54,25 @@ def compare(a: Evaluated, b: Evaluated) -> dict:
         raise ValueError(f"no set is shared: {a.name} has {list(a.sets)}, {b.name} has {list(b.sets)}.")
     budgets, seed = tuple(a.results["budgets"]), a.results["evaluation_seed"]
     limits = tuple(c for c in a.results["regret_tokens"] if c in b.results["regret_tokens"])
-    values, draws, each = [], [], {}
+    pairs, draws, each = [], [], {}
     for name in names:
-        value, draw, matched = _paired(name, a, b, budgets, limits, seed)
-        values.append(value)
+        pair, draw, matched = _paired(name, a, b, budgets, limits, seed)
+        pairs.append(pair)
         draws.append(draw)
-        each[name] = matched | {"metrics": _describe([value], [draw])}
+        each[name] = matched | {"metrics": _describe([pair], [draw])}
     return {
         "a": a.name,
         "b": b.name,
         "budgets": list(budgets),
         "traces": a.results["traces"],
         "notes": _notes(a, b),
-        "metrics": _describe(values, draws),
+        "metrics": _describe(pairs, draws),
         "sets": each,
     }
 
 
 def _paired(name, a, b, budgets, limits, seed):
-    """(value of a and of b, draws of the difference) of every metric, and how the problems matched."""
+    """Metrics of a and of b, draws of their difference, and how the problems matched."""
     ids = np.intersect1d(a.sets[name].id, b.sets[name].id)
     if not ids.size:
         raise ValueError(f"set {name}: {a.name} and {b.name} share no problem; they hold different problems.")
@@ -83,22 +83,17 @@ def _paired(name, a, b, budgets, limits, seed):
         found = summary.metrics(side.sets[name], budgets, limits)
         sides.append({key: metric.take(index) for key, metric in found.items()})
     counts = summary.counts_of(name, len(ids), seed)
-    values = {key: np.stack([side[key].value() for side in sides]) for key in sides[0]}
-    draws = {key: sides[0][key].draws(counts) - sides[1][key].draws(counts) for key in sides[0]}
+    draws = summary.resample(sides[0], counts) - summary.resample(sides[1], counts)
     left = {"problems": len(ids), "only_a": len(a.sets[name].id) - len(ids), "only_b": len(b.sets[name].id) - len(ids)}
-    return values, draws, left
+    return sides, draws, left
 
 
-def _describe(values: list[dict], draws: list[dict]) -> dict:
-    found = {}
-    for key in values[0]:
-        a, b = np.mean([one[key] for one in values], axis=0)
-        found[key] = {
-            "a": summary.plain(a),
-            "b": summary.plain(b),
-            "difference": summary.plain(a - b),
-            "ci95": summary.interval(np.mean([one[key] for one in draws], axis=0)),
-        }
+def _describe(pairs: list[list[summary.Metrics]], draws: list[np.ndarray]) -> dict:
+    bounds, found = summary.intervals(pairs[0][0], np.mean(draws, axis=0)), {}
+    for key in pairs[0][0]:
+        a, b = (np.mean([pair[side][key].value() for pair in pairs], axis=0) for side in (0, 1))
+        values = {"a": a, "b": b, "difference": a - b}
+        found[key] = {name: summary.plain(value) for name, value in values.items()} | {"ci95": bounds[key]}
     return found
 
 

@@ -263,7 +263,7 @@ def write(folder: epath.Path, config: dict, record: dict, results: dict[str, eva
         (folder.parent / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     evaluation.save(folder / "scores.npz", results)
     (folder / "results.json").write_text(json.dumps(record, indent=2))
-    run = report.load_run(folder.parent)
+    run = report.load_run(folder.parent, training=False)  # which may lie elsewhere
     picture = io.BytesIO()
     report.curves([run, *report.runs_of_sets(run)]).savefig(picture, format="png")
     (folder / "curve.png").write_bytes(picture.getvalue())

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
+from tto_jax import sharding
 from tto_jax.core import losses
 from tto_jax.core.types import Array, TokenTree, pytree
 from tto_jax.kernels.token_logprobs import token_logprobs
@@ -129,10 +131,17 @@ def target_logprobs(
     hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
     # The head stays float32: its gradient is a sum over chunks.
     head = decoder.head(model, params)
-    logprob, entropy = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1), config.temperature, config.logprobs
-    )
-    return index, logprob.reshape(index.shape), entropy.reshape(index.shape)
+
+    def local(arrays, vocabulary_axis):
+        hidden, target, head = arrays
+        flat = hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1)
+        logprobs = token_logprobs(*flat, config.temperature, config.logprobs, vocabulary_axis)
+        return tuple(x.reshape(target.shape) for x in logprobs)
+
+    per_row = P(sharding.ROWS)
+    specs = (per_row, per_row, P(None, "tensor"))
+    logprob, entropy = sharding.split(local, (hidden, target, head), specs, (per_row, per_row))
+    return index, logprob, entropy
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -148,7 +157,7 @@ def score_logprobs(
         return scatter(logprob), scatter(entropy)
 
     scored = jax.lax.map(score, _micro_batches(config, rows))
-    return jax.tree.map(lambda x: x.reshape(rows.tokens.shape), scored)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows.tokens.shape), scored)
 
 
 def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree) -> tuple[jax.Array, dict]:
@@ -202,8 +211,10 @@ def train_step(
     model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
 ) -> tuple[TrainState, dict]:
     """One optimizer step on one minibatch of packed rows; the state is donated."""
-    grads, metrics = _accumulate(lambda params, part: loss(model, config, params, part), config, state.params, rows)
-    state, applied = _apply(optimizer, state, grads)
+    grads, metrics = _accumulate(
+        lambda params, part: loss(model, config, params, part), model, config, state.params, rows
+    )
+    state, applied = _apply(optimizer, state, grads, model.num_kv_heads)
     return state, _combine(metrics) | applied
 
 
@@ -219,21 +230,22 @@ def supervised_step(
         value = -losses.aggregate(logprob, jnp.take_along_axis(part.loss_mask, index, axis=-1), tokens)
         return value, {"loss/total": value}
 
-    grads, metrics = _accumulate(negative_loglik, config, state.params, rows)
-    state, applied = _apply(optimizer, state, grads)
+    grads, metrics = _accumulate(negative_loglik, model, config, state.params, rows)
+    state, applied = _apply(optimizer, state, grads, model.num_kv_heads)
     return state, {"loss/total": metrics["loss/total"].sum(), **applied}
 
 
 def _micro_batches(config, rows):
-    """[N, L] -> [N / micro_rows, micro_rows, L]."""
+    """[N, L] -> [N / micro_rows, micro_rows, L]; strided, so that each has rows of every device."""
     total = rows.tokens.shape[0]
     micro = config.micro_rows or total
     if total % micro:
         raise ValueError(f"micro_rows={micro} does not divide the {total} rows: choose a divisor, or 0 for all at once")
-    return jax.tree.map(lambda x: x.reshape(total // micro, micro, *x.shape[1:]), rows)
+    split = jax.tree.map(lambda x: x.reshape(micro, total // micro, *x.shape[1:]).swapaxes(0, 1), rows)
+    return sharding.constrain(split, None, sharding.ROWS)
 
 
-def _accumulate(function, config, params, rows):
+def _accumulate(function, model, config, params, rows):
     """Sum of the gradients of micro-batches (their sums share one constant) and their metrics, stacked.
 
     Beside memory, this is for speed: on a CPU the activations of a few rows stay in its cache.
@@ -241,20 +253,23 @@ def _accumulate(function, config, params, rows):
 
     def body(grads, part):
         (_, metrics), grad = jax.value_and_grad(function, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, grads, grad), metrics
+        return split(jax.tree.map(jnp.add, grads, grad)), metrics
 
-    return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), _micro_batches(config, rows))
+    split = functools.partial(sharding.constrain_params, kv_heads=model.num_kv_heads)
+    return jax.lax.scan(body, split(jax.tree.map(jnp.zeros_like, params)), _micro_batches(config, rows))
 
 
-def _apply(optimizer, state, grads):
+def _apply(optimizer, state, grads, kv_heads):
     updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"update/grad_norm": optax.tree.norm(grads), "update/skipped": opt_state.total_notfinite}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    return sharding.constrain_params(state, kv_heads), metrics
 
 
 @functools.partial(jax.jit, static_argnums=(1,))
 def minibatch(rows: TokenTree, number: int, index: Array) -> TokenTree:
     """Minibatch `index` of `number` equal, consecutive ones."""
     size = rows.tokens.shape[0] // number
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), rows)
+    part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), rows)
+    return sharding.constrain(part, sharding.ROWS)

@@ -1,4 +1,4 @@
-"""Math problems as a task: the answer is what the graded text puts in its last box, compared in a pool of killable workers."""
+"""Math problems as a task: the answer is what the graded text puts in its last box, compared by killable workers."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -56,12 +56,13 @@ class Run:
         return np.stack([accuracy.mean(axis=1), accuracy[:, -1]], axis=1)
 
 
-def load_run(path: epath.PathLike, name: str | None = None) -> Run:
+def load_run(path: epath.PathLike, name: str | None = None, training: bool = True) -> Run:
     """Reads a workdir. Problems are put in the order of their sets and ids.
 
     Args:
       path: the run's workdir.
       name: default: the directory's name.
+      training: the rows of a trained model's metrics.jsonl must be there; else it is not asked for.
 
     Raises:
       ValueError: a file is missing (with the command that makes it), lacks a field, or the files contradict each other.
@@ -101,7 +102,7 @@ def load_run(path: epath.PathLike, name: str | None = None) -> Run:
             f"{path / 'evaluation'}: results.json says accuracy {np.round(results['accuracy'], 4).tolist()}, the "
             f"scores {accuracy.round(4).tolist()}: the two files are of different evaluations. Evaluate the run again."
         )
-    if results["tokens"]:  # a model that was not trained has no rows
+    if training and results["tokens"]:  # a model that was not trained has no rows
         need("metrics.jsonl", "train")
     config = path / "config.json"
     variant = json.loads(config.read_text()).get("variant") if config.exists() else None

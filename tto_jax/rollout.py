@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tto_jax import sharding
 from tto_jax.core import budgets, sampling
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.core.types import Answers, Array, Prompts, Traces, pytree
@@ -176,7 +177,12 @@ def _think(model, config, params, prompts, prompt_cache, state, keys, end):
 
 
 def _sample_rows(logits, keys, position, options):
-    """One token a row: the uniform is drawn from the row's key folded with the position."""
+    """One token a row: the uniform is drawn from the row's key folded with the position.
+
+    On a mesh the logits are made in parts of the vocabulary, then every device gathers those of its rows: of the two,
+    the head and the logits, they are smaller by far.
+    """
+    logits = sharding.constrain(sharding.constrain(logits, sharding.ROWS, "tensor"), sharding.ROWS)
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
     draw = functools.partial(sampling.sample, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     return jax.vmap(draw)(logits, uniform)

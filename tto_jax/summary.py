@@ -5,6 +5,7 @@ each set, with one draw for all metrics; the mean over sets is unweighted, as in
 """
 
 import dataclasses
+import functools
 import zlib
 
 import jax
@@ -39,12 +40,6 @@ class Metric:
         """f64[] or f64[S]; NaN where the sum below is 0: there is nothing to take a mean of."""
         with np.errstate(invalid="ignore"):
             return self.above.sum(axis=0) / self.below.sum(axis=0)
-
-    def draws(self, counts: jax.Array) -> np.ndarray:
-        """f32[R] or f32[R, S]: `value` of every resample, NaN where its sum below is 0."""
-        above, below = (np.asarray(anytime.resampled_means(x, counts)) for x in (self.above, self.below))
-        with np.errstate(invalid="ignore"):
-            return above / below
 
 
 Metrics = dict[str, Metric]
@@ -94,21 +89,28 @@ def _lengths(result: Evaluation) -> Metrics:
 
 def _pass_at(correct: np.ndarray, k: int) -> np.ndarray:
     """f32[B, S], a mean over answer numbers: their n traces are independent, the answers of one trace are not."""
-    n = correct.shape[1]
-    return np.asarray(anytime.pass_at_k(np.full((), n), correct.sum(axis=1), k)).mean(axis=-1)
+    n = np.full((), correct.shape[1])
+    return np.asarray(anytime.pass_at_k(n, correct.sum(axis=1), k)).mean(axis=-1)
 
 
 def _maj_at(vote: np.ndarray, k: int) -> np.ndarray:
     """f32[B, S], a mean over answer numbers as in `_pass_at`."""
-    batch, n, size, answers = vote.shape
-    columns = vote.transpose(0, 2, 3, 1).reshape(-1, n)
+    return np.asarray(_majorities(vote.transpose(0, 2, 3, 1), k)).mean(axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _majorities(votes, k):
+    """votes i32[B, S, A, n] -> f32[B, S, A]."""
+    columns = votes.reshape(-1, votes.shape[-1])
     one = lambda row: anytime.maj_at_k(row[None], jnp.zeros(1, jnp.int32), k)[0]  # noqa: E731
-    return np.asarray(_map(one, columns)).reshape(batch, size, answers).mean(axis=-1)
+    return jax.lax.map(one, columns, batch_size=_AT_ONCE).reshape(votes.shape[:-1])
 
 
-def _overthinking(correct: np.ndarray, forks: np.ndarray) -> np.ndarray:
+@jax.jit
+def _overthinking(correct, forks):
     """f32[B, S]."""
-    return np.asarray(_map(lambda x: anytime.overthinking_rate(x[0][None], x[1][None]), (correct, forks)))
+    one = lambda x: anytime.overthinking_rate(x[0][None], x[1][None])  # noqa: E731
+    return jax.lax.map(one, (correct, forks), batch_size=_AT_ONCE)
 
 
 def _regret(result: Evaluation, limits: tuple[int, ...]) -> np.ndarray:
@@ -117,22 +119,21 @@ def _regret(result: Evaluation, limits: tuple[int, ...]) -> np.ndarray:
     A point of a trace's curve is (prompt + trace + inserted + sampled tokens, score), both means over all answers that
     share the fork. Where shorter answers make a longer prefix cheaper, it counts as much as the one before.
     """
-    after = result.answer_length + result.inserted[..., None]
     before = result.prompt_length[:, None, None] + result.forks
+    after = result.answer_length + result.inserted[..., None]
+    return np.asarray(_regrets(result.correct, result.forks, before, after, np.array(limits, np.float32)))
+
+
+@jax.jit
+def _regrets(correct, forks, before, after, limits):
+    of_trace = jax.vmap(jax.vmap(progress.normalized_regret, (None, None, 0)), (0, 0, None))
 
     def one(problem):
-        correct, after, forks, before = problem
+        correct, forks, before, after = problem
         accuracy, length = (anytime.pooled_accuracy(x[None], forks[None])[0] for x in (correct, after))
-        tokens = jax.lax.cummax(before + length, axis=1)
-        of_trace = jax.vmap(jax.vmap(progress.normalized_regret, (None, None, 0)), (0, 0, None))
-        return of_trace(accuracy, tokens, jnp.asarray(limits, jnp.float32)).mean(axis=0)
+        return of_trace(accuracy, jax.lax.cummax(before + length, axis=1), limits).mean(axis=0)
 
-    return np.asarray(_map(one, (result.correct, after, result.forks, before)))
-
-
-def _map(one, xs):
-    """`one` over the first axis, some at a time."""
-    return jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=_AT_ONCE))(xs)
+    return jax.lax.map(one, (correct, forks, before, after), batch_size=_AT_ONCE)
 
 
 def counts_of(name: str, problems: int, seed: int) -> jax.Array:
@@ -141,10 +142,22 @@ def counts_of(name: str, problems: int, seed: int) -> jax.Array:
     return anytime.resample_counts(key, problems, RESAMPLES)
 
 
-def interval(draws: np.ndarray) -> list:
-    """[low, high] of f32[R], or one for each column of f32[R, S]; None for what never exists."""
-    low, high = (np.asarray(x, np.float64) for x in anytime.percentile_interval(draws))
-    return plain(np.stack([low, high], axis=-1))
+def resample(found: Metrics, counts: jax.Array) -> np.ndarray:
+    """Every metric's number in every resample, f32[R, K]: a column a metric, or a budget of one; NaN where none is."""
+    flat = lambda name: np.concatenate(  # noqa: E731
+        [getattr(metric, name).reshape(counts.shape[1], -1) for metric in found.values()], axis=1
+    )
+    above, below = (np.asarray(anytime.resampled_means(flat(name), counts)) for name in ("above", "below"))
+    with np.errstate(invalid="ignore"):
+        return above / below
+
+
+def intervals(found: Metrics, draws: np.ndarray) -> dict[str, list]:
+    """[low, high] of every metric, or one a budget, from f32[R, K]; None for what exists in no resample."""
+    bounds = np.stack(anytime.percentile_interval(draws), axis=-1)
+    ends = np.cumsum([metric.above[0].size for metric in found.values()])
+    parts = np.split(bounds, ends[:-1])
+    return {key: plain(part.reshape(*metric.above.shape[1:], 2)) for part, (key, metric) in zip(parts, found.items())}
 
 
 def plain(values) -> list | float | None:
@@ -170,21 +183,21 @@ def summarize(
       limits: C0 of the normalised regret, in tokens; default: the last budget.
     """
     measured = {name: metrics(result, budgets, limits or budgets[-1:]) for name, result in sets.items()}
-    values, draws, each = [], [], {}
-    for name, found in measured.items():
-        counts = counts_of(name, len(sets[name].id), seed)
-        values.append({key: metric.value() for key, metric in found.items()})
-        draws.append({key: metric.draws(counts) for key, metric in found.items()})
-        extra = {"problems": len(sets[name].id), "tokens": sets[name].tokens, "grading": sets[name].grading}
-        each[name] = mean_over_sets(values[-1:], draws[-1:]) | extra
-    total = sum(len(result.id) for result in sets.values())
-    return mean_over_sets(values, draws) | {"problems": total, "sets": each}
+    draws = {name: resample(found, counts_of(name, len(sets[name].id), seed)) for name, found in measured.items()}
+    each = {
+        name: mean_over_sets([found], [draws[name]])
+        | {"problems": len(sets[name].id), "tokens": sets[name].tokens, "grading": sets[name].grading}
+        for name, found in measured.items()
+    }
+    top = mean_over_sets(list(measured.values()), list(draws.values()))
+    return top | {"problems": sum(len(result.id) for result in sets.values()), "sets": each}
 
 
-def mean_over_sets(values: list[dict], draws: list[dict]) -> dict:
-    """`NAME` and `NAME_ci95` of every metric, from its value and its draws in each set."""
+def mean_over_sets(found: list[Metrics], draws: list[np.ndarray]) -> dict:
+    """`NAME` and `NAME_ci95` of every metric: the mean of what it is in each set."""
+    bounds = intervals(found[0], np.mean(draws, axis=0))
     summary = {}
-    for key in values[0]:
-        summary[key] = plain(np.mean([one[key] for one in values], axis=0))
-        summary[f"{key}_ci95"] = interval(np.mean([one[key] for one in draws], axis=0))
+    for key in found[0]:
+        summary[key] = plain(np.mean([metrics[key].value() for metrics in found], axis=0))
+        summary[f"{key}_ci95"] = bounds[key]
     return summary

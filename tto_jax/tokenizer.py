@@ -90,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def absent(cls, prompting: Prompting, elicit_tokens: int) -> "Tokenizer":
-        """Stands for a tokenizer that is not at hand, where only sizes matter: insertions have `elicit_tokens` tokens."""
+        """Stands for one that is not at hand, where only sizes matter: insertions have `elicit_tokens` tokens."""
         ids = (0,) * elicit_tokens
         return cls(hf=None, pad_id=0, think_end_id=0, eos_id=0, elicit_ended=ids, elicit_cut=ids, chat=prompting)
 

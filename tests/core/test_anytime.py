@@ -94,6 +94,47 @@ def test_bootstrap_is_that_of_a_loop():
         anytime.bootstrap_interval(values, jax.random.key(0), level=95)
 
 
+def test_resampled_means_are_means_over_drawn_problems():
+    counts = np.asarray(anytime.resample_counts(jax.random.key(3), 6, 500))
+    assert counts.shape == (500, 6) and (counts.sum(axis=1) == 6).all() and (counts == counts.round()).all()
+    np.testing.assert_allclose(counts.mean(axis=0), 1, atol=0.2)
+    values = np.random.default_rng(0).random((6, 2, 3)).astype(np.float32)
+    got = np.asarray(jax.jit(anytime.resampled_means)(values, counts))
+    assert got.shape == (500, 2, 3)
+    for row, mean in zip(counts[:20], got):
+        drawn = [b for b in range(6) for _ in range(int(row[b]))]
+        np.testing.assert_allclose(mean, values[drawn].mean(axis=0), rtol=1e-5)
+
+
+def test_percentile_interval_leaves_out_what_does_not_exist():
+    draws = np.random.default_rng(1).normal(size=(999, 3)).astype(np.float32)
+    draws[:400, 1], draws[:, 2] = np.nan, np.nan
+    low, high = jax.jit(anytime.percentile_interval)(draws)
+    for column, kept in ((0, draws[:, 0]), (1, draws[400:, 1])):
+        np.testing.assert_allclose([low[column], high[column]], np.percentile(kept, [2.5, 97.5]), rtol=1e-5)
+    assert np.isnan(low[2]) and np.isnan(high[2])
+    low, high = anytime.percentile_interval(draws[:, 0], level=0.5)
+    np.testing.assert_allclose([low, high], np.percentile(draws[:, 0], [25, 75]), rtol=1e-5)
+    with pytest.raises(ValueError, match="got 95"):
+        anytime.percentile_interval(draws, level=95)
+
+
+def test_the_interval_of_a_ratio_covers():
+    """Mean length of right traces: both sums vary from problem to problem, and with each other."""
+    trials, B = 300, 80
+    rng = np.random.default_rng(4)
+    right = rng.binomial(8, rng.uniform(0.1, 0.9, (trials, B)))
+    length = (rng.normal(100, 30, (trials, B)) + 5 * right) * right
+    truth = length.sum() / right.sum()
+    counts = anytime.resample_counts(jax.random.key(5), B, 500)
+    means = jax.jit(anytime.resampled_means)
+    covered = 0
+    for above, below in zip(length, right):
+        low, high = anytime.percentile_interval(means(above, counts) / means(below, counts))
+        covered += bool(low <= truth <= high)
+    assert 0.90 <= covered / trials <= 0.98
+
+
 def test_the_interval_covers_the_mean():
     trials, B, p = 400, 100, 0.3
     values = jax.random.bernoulli(jax.random.key(1), p, (trials, B)).astype(jnp.float32)

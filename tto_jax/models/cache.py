@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from tto_jax import sharding
 from tto_jax.core.types import Array, pytree
 from tto_jax.kernels.branch_decode import CachePart
 from tto_jax.models.config import ModelConfig
@@ -20,9 +21,11 @@ class Cache:
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, capacity: int) -> "Cache":
         """Zeros in the compute dtype."""
-        lead, width = (config.num_layers, rows, config.num_kv_heads), config.head_dim
+        lead, width = (config.num_layers, rows, config.num_kv_heads * config.kv_copies), config.head_dim
         zeros = lambda *tail: jnp.zeros(lead + tail, config.dtype)  # noqa: E731
-        return cls(k=zeros(width, capacity), v=zeros(capacity, width))
+        return sharding.constrain(
+            cls(k=zeros(width, capacity), v=zeros(capacity, width)), None, sharding.ROWS, "tensor"
+        )
 
     @property
     def rows(self) -> int:

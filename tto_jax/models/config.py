@@ -87,6 +87,7 @@ class ModelConfig:
         False  # beside the rotary ones, as very small models need them to find a place in a prompt
     )
     dtype: str = "float32"
+    kv_copies: int = 1  # of each KV head in activations and cache, for more tensor shards than KV heads
     remat: str = "none"  # what the backward recomputes: nothing, all but matrix products, whole layers
 
     def __post_init__(self):

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from tto_jax import sharding
 from tto_jax.core.types import Array, TokenTree
-from tto_jax.kernels.branch_decode import branch_decode
+from tto_jax.kernels.branch_decode import CachePart, branch_decode
 from tto_jax.kernels.tree_attention import tree_attention
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
@@ -48,7 +50,10 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotary(q, position, config), rotary(k, position, config)
-        out, state = attend(q, k, split(self.v(x), config.num_kv_heads))
+        v = split(self.v(x), config.num_kv_heads)
+        if config.kv_copies > 1:
+            k, v = (jnp.repeat(y, config.kv_copies, axis=2) for y in (k, v))
+        out, state = attend(q, k, v)
         return self.out(out.reshape(*x.shape[:2], -1)), state
 
 
@@ -108,19 +113,36 @@ class Decoder(nnx.Module):
         def layer_step(carry, xs):
             x, state = carry
             index, params = xs
-            return nnx.merge(graph, params)(x, position, functools.partial(attend, index, state)), None
+            x, state = nnx.merge(graph, params)(x, position, functools.partial(attend, index, state))
+            return (sharding.constrain(x, sharding.ROWS), state), None
 
         body = _remat(layer_step, self.config.remat)
         indices = jnp.arange(self.config.num_layers)
-        x = self.embed(tokens)
+        x = _lookup(self.embed.embedding[...], tokens).astype(self.config.dtype)
         if self.config.learned_positions:
             x = x + self.position_embed(position)
+        x = sharding.constrain(x, sharding.ROWS)
         (x, state), _ = jax.lax.scan(body, (x, state), (indices, stacked))
         return self.norm(x), state
 
     def head(self) -> Array:
         """[M,V] in the parameters' dtype."""
         return self.embed.embedding[...].T if self.config.tie_embeddings else self.lm_head.kernel[...]
+
+
+def _lookup(table, tokens):
+    """table [V,M], tokens i32[R,T] -> [R,T,M]; each device looks its rows' tokens up in its part of the vocabulary."""
+
+    def local(arrays, axis):
+        table, tokens = arrays
+        if axis is None:
+            return jnp.take(table, tokens, axis=0)
+        index = tokens - jax.lax.axis_index(axis) * table.shape[0]
+        found = jnp.take(table, jnp.clip(index, 0, table.shape[0] - 1), axis=0)
+        return jax.lax.psum(jnp.where(((index >= 0) & (index < table.shape[0]))[..., None], found, 0), axis)
+
+    rows = P(sharding.ROWS)
+    return sharding.split(local, (table, tokens), (P("tensor"), rows), rows)
 
 
 def _remat(function, policy: str):
@@ -163,8 +185,12 @@ def forward_rows(
 ) -> jax.Array:
     """Hidden states [N,L,M] of packed rows (tokens, position, tree, branch, fork are read)."""
 
+    def local(arrays, _axis):
+        return tree_attention(*arrays, implementation=attention_implementation)
+
     def attend(_layer, _state, q, k, v):
-        return tree_attention(q, k, v, rows, implementation=attention_implementation), ()
+        heads = P(sharding.ROWS, None, "tensor")
+        return sharding.split(local, (q, k, v, rows), (heads, heads, heads, P(sharding.ROWS)), heads), ()
 
     return _merge(config, params)(rows.tokens, rows.position, attend, ())[0]
 
@@ -194,7 +220,10 @@ def decode(
     def attend(layer, cache, q, k, v):
         cache = cache.write(layer, slot, k, v)
         parts = [part.cache.part(layer, part.visible) for part in context] + [cache.part(layer, visible)]
-        out = branch_decode(q.reshape(-1, *q.shape[2:]), parts)
+        heads, per_row = P(sharding.ROWS, "tensor"), P(sharding.ROWS)
+        specs = [CachePart(k=heads, v=heads, visible=per_row) for _ in parts]
+        local = lambda arrays, _axis: branch_decode(*arrays)  # noqa: E731
+        out = sharding.split(local, (q.reshape(-1, *q.shape[2:]), parts), (heads, specs), heads)
         return out.reshape(q.shape), cache
 
     return _merge(config, params)(tokens, position, attend, cache)

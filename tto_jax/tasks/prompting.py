@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-    """All strings of an experiment on texts. They are tokenized as they stand, and the inserted ones are never trained on."""
+    """All strings of an experiment on texts. They are tokenized as they stand; inserted ones are never trained on."""
 
     instruction: str  # appended to the problem, inside the user's turn
     system: str  # the system's turn; empty: none

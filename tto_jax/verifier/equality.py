@@ -15,14 +15,14 @@ import re
 from collections.abc import Callable
 
 from tto_jax.verifier.forms import Form, has_thousands, hostile, is_name, normal_form, read, squeeze
-from tto_jax.verifier.numbers import TOLERANCE, Number, equal_numbers, parse_number
+from tto_jax.verifier.numbers import Number, equal_numbers, parse_number
 from tto_jax.verifier.units import split_unit
 
-__all__ = ["TOLERANCE", "compare", "decide", "normalise", "parse_number"]
+__all__ = ["compare", "decide", "normalise", "parse_number"]
 
 _INTEGER = re.compile(r"\s*(-?)0*([0-9]+)\s*\Z")
 _BASE = re.compile(r"(-?[0-9][0-9A-Z]*|-?[0-9A-Z]*[0-9])_\{?([0-9]+)\}?\Z")
-_WRAPPED = re.compile(r"\(?\s*\\text\s*\{[^{}0-9\\]*[A-Za-z][^{}0-9\\]*\}\s*\)?\Z")
+_WRAPPED = re.compile(r"\(?\s*\\text\s*\{[^{}0-9\\]*\}\s*\)?\Z")
 _LETTERS = re.compile(r"[A-Z]{3,}\Z")
 _COMMAND = re.compile(r"\\[A-Za-z]+|[ei]")
 
@@ -31,7 +31,7 @@ Verdict = bool | None
 
 def normalise(answer: str) -> str:
     """The normal form of an answer without spaces: equal normal forms are equal answers."""
-    return squeeze(normal_form(answer))
+    return squeeze(normal_form(answer)).rstrip(" .,;:")
 
 
 def decide(answer: str, reference: str) -> Verdict:
@@ -45,7 +45,7 @@ def decide(answer: str, reference: str) -> Verdict:
 
 
 def compare(answer: str, reference: str, symbolic: Callable[[Form, Form], Verdict]) -> Verdict:
-    """Like `decide`; pairs of leaves and of relations that are not settled are handed to `symbolic(answer, reference)`."""
+    """Like `decide`, but pairs of leaves and of relations that are not settled go to `symbolic(answer, reference)`."""
     answer, reference = answer.strip(), reference.strip()
     if answer == reference:
         return bool(answer)
@@ -88,7 +88,8 @@ def _equal(a: Form, r: Form, symbolic) -> Verdict:
         return _relations(a, r, symbolic)
     if a.kind == r.kind == "leaf":
         return _leaves(a, r, symbolic)
-    if {a.kind, r.kind} <= {"list", "set", "leaf"} and "set" in (a.kind, r.kind) or a.kind == r.kind == "list":
+    kinds = {a.kind, r.kind}
+    if kinds == {"list"} or ("set" in kinds and kinds <= {"list", "set", "leaf"}):
         return _unordered(_members(a), _members(r), symbolic)
     if a.kind != r.kind or a.mark != r.mark or len(a.parts) != len(r.parts):
         return False
@@ -149,9 +150,7 @@ def _two_relations(a: Form, r: Form, symbolic) -> Verdict:
         verdict = _equal(a.parts[1], r.parts[1], symbolic)
         if verdict is not False or is_name(a.parts[0].text):
             return verdict
-    elif a.mark == "=" and all(
-        squeeze(x.text) == squeeze(y.text) for x, y in zip(a.parts, reversed(r.parts))
-    ):
+    elif a.mark == "=" and all(squeeze(x.text) == squeeze(y.text) for x, y in zip(a.parts, reversed(r.parts))):
         return True
     if a.parts[1].kind != "leaf" or r.parts[1].kind != "leaf":
         return False
@@ -168,6 +167,11 @@ class Leaf:
     number: Number | None
     word: str  # of a text in words: lower case letters only
     constant: bool  # holds no letter that can be a variable
+
+    @property
+    def percent(self) -> bool:
+        """Whether it is a number with a percent sign."""
+        return self.number is not None and self.number.percent
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -190,6 +194,8 @@ def _leaves(a: Form, r: Form, symbolic) -> Verdict:
     if y.word or x.word:
         return _letters(a.text) == _letters(r.text)
     if x.unit and y.unit and x.unit != y.unit:
+        return False
+    if (x.unit and y.percent) or (x.percent and y.unit):
         return False
     if x.key == y.key:
         return bool(x.key)

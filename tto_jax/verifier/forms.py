@@ -1,7 +1,7 @@
 r"""The normal form of an answer's text, and its structure: lists, tuples, intervals, sets, unions, matrices, relations.
 
 A normal form writes LaTeX one way: `\frac{a}{b}`, `\cdot`, braces around every exponent and index, no sizing, no
-spacing commands, no dollar signs; plain words and Unicode signs of mathematics become LaTeX (`pi/2`, `sqrt(2)`, `exp(x)`).
+spacing commands, no dollar signs; plain words and Unicode signs of mathematics become LaTeX (`pi/2`, `sqrt(2)`).
 """
 
 import dataclasses
@@ -31,10 +31,11 @@ _CACHED_CHARS = 200  # only short texts are kept in caches
 _UNICODE = {
     ord(sign): latex
     for signs, latex in {
-        "−–‐‑": "-", "×·⋅∗": r"\cdot ", "÷": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ",
-        "∈": r"\in ", "°": r"^\circ ", "√": r"\sqrt ", "π": r"\pi ", "θ": r"\theta ", "±": r"\pm ", "½": r"\frac{1}{2}",
-        "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^{2}", "³": "^{3}", "’′": "'", "≈": r"\approx ", "％": "%",
-        "\n\t\r\u00a0\u2009\u202f": " ", "（": "(", "）": ")",
+        "\u2212\u2013\u2010\u2011": "-", "\u00d7\u00b7\u22c5\u2217": r"\cdot ", "÷": "/", "∞": r"\infty ", "≤": r"\le ",
+        "≥": r"\ge ", "≠": r"\ne ", "\u222a": r"\cup ", "∈": r"\in ", "°": r"^\circ ", "√": r"\sqrt ", "π": r"\pi ",
+        "θ": r"\theta ", "±": r"\pm ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^{2}",
+        "³": "^{3}", "\u2019\u2032": "'", "≈": r"\approx ", "\uff05": "%", "\uff08": "(", "\uff09": ")",
+        "\n\t\r\u00a0\u2009\u202f": " ",
     }.items()
     for sign in signs
 }  # fmt: skip
@@ -56,7 +57,7 @@ _COMMANDS = {
     r"\lt": "<", r"\phantom": "", r"\emptyset": r"\varnothing",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)|\*\*|[*$~]", re.DOTALL)
-_GROUPED = re.compile(r"(?<=[0-9])(?:,\s*\\!\s*|\{,\}\s*|\\,)(?=[0-9]{3}(?![0-9]))")
+_GROUPED = re.compile(r"(?<=[0-9])(?:,\s*\\!(?:\s|\\[,!])*|\{,\}\s*|\\,)(?=[0-9]{3}(?![0-9]))")
 _TEXT = r"\\text\s*\{[^{}]*\}"
 _WORD = re.compile(
     rf"({_TEXT})|(?<![A-Za-z\\])(arc(?:sin|cos|tan)|sqrt|sin|cos|tan|cot|log|ln|exp|pi|theta|infinity|infty|inf|oo)"
@@ -70,9 +71,12 @@ _SQRT = re.compile(r"\\sqrt\s*([0-9]+|[A-Za-z]|\\[a-z]+(?![a-z{]))")
 _SCRIPT = re.compile(r"([_^])\s*(-?[0-9]+|[A-Za-z]|\\(?:circ|prime|pi|infty|max|min)(?![a-z]))\s*")
 _CALL = re.compile(r"(\\sqrt|\\exp|\^)\s*([({])")
 _TEXT_IN_INDEX = re.compile(r"_\s*\{\s*(?:\\text\s*\{\s*([A-Za-z0-9]+)\s*\}|\\(max|min))\s*\}")
+_DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?\Z")
 _PRIMES = re.compile(r"\^\s*\{\s*(?:\\prime\s*)+\}")
 _ROW_SPACE = re.compile(r"\\\\\s*\[[^][]*\]")
-_UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_UNWANTED = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
 _BRACKET = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}|\\(?:[A-Za-z]+|.)|[][(){}]|[^\\]", re.DOTALL)
 _OPENING = {"(": ")]", "[": ")]", "{": "}", r"\{": (r"\}",)}
 _CLOSING = {")", "]", "}", r"\}"}
@@ -93,9 +97,8 @@ def depths(pieces: list[str]) -> list[int] | None:
             found.append(len(stack))
             stack.append(_OPENING.get(piece) or (piece.replace(r"\begin", r"\end", 1),))
             continue
-        if piece in _CLOSING or piece.startswith(r"\end"):
-            if not stack or piece not in stack.pop():
-                return None
+        if (piece in _CLOSING or piece.startswith(r"\end")) and (not stack or piece not in stack.pop()):
+            return None
         found.append(len(stack))
     return None if stack else found
 
@@ -110,9 +113,9 @@ def normal_form(text: str) -> str:
 
 @functools.lru_cache(maxsize=16_384)
 def _normal_form(text: str) -> str:
-    if text.isalnum() and text.isascii() and (text.isdigit() or len(text) == 1):
+    if _DECIMAL.match(text):
         return text
-    text = text if text.isascii() and "\n" not in text else text.translate(_UNICODE)
+    text = " ".join(text.translate(_UNICODE).split())
     text = _GROUPED.sub("", text)
     text = _ROW_SPACE.sub(r"\\\\", text) if r"\\" in text else text
     text = _COMMAND.sub(lambda m: _COMMANDS.get(m.group(), m.group()), text)
@@ -163,7 +166,7 @@ def squeeze(text: str) -> str:
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
     if " " not in text:
         return text
-    text = re.sub(r"(?<=[0-9]) +(?=[0-9])|(?<=[\\][A-Za-z]) +(?=[A-Za-z])", "\x01", text)
+    text = re.sub(r"(?<=[0-9]) +(?=[0-9])", "\x01", text)
     text = re.sub(r"(\\[A-Za-z]+) +(?=[A-Za-z])", "\\1\x01", text)
     return text.replace(" ", "").replace("\x01", " ")
 
@@ -201,6 +204,7 @@ _NAME = re.compile(
     r"|omega|Delta)(?![a-z])|[A-Za-z'])(?:[\sA-Za-z']|\\theta|\{[\w\s]*\}|_\{[^{}]*\}|\([\w\s,]*\))*)\Z"
 )
 _RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\in")
+_CLOSED = (r"\le", r"\ge")
 _FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 
@@ -210,12 +214,13 @@ def has_thousands(text: str) -> bool:
     return bool(_THOUSANDS.search(text))
 
 
+_STRUCTURED = re.compile(r"[,;=<>\[({]|\\(?:in|cup|pm|le|ge|ne|approx)")
 _TEXT_LIST = re.compile(r"\\text\s*\{([^{}]*[,;][^{}]*)\}\Z")
 
 
 @functools.lru_cache(maxsize=4_096)
 def read(text: str, thousands: bool = True) -> Form:
-    """The structure of a text in normal form; a leaf if it has none. `thousands`: 1,000 outside brackets is a number."""
+    """The structure of a text in normal form, a leaf if it has none. With `thousands`, 1,000 is no list."""
     words = _TEXT_LIST.match(text)
     if words:
         text = words.group(1)
@@ -226,7 +231,7 @@ def read(text: str, thousands: bool = True) -> Form:
 
 def _read(text: str) -> Form:
     text = _unwrap(text)
-    if not any(c in text for c in ",;=<>[{(") and not any(s in text for s in (r"\in", r"\cup", r"\pm", r"\le", r"\ge", r"\ne")):
+    if not _STRUCTURED.search(text):
         return Form("leaf", text)
     parts = [part for part in split(text, (",", ";"))[::2] if part]
     if len(parts) > 1:
@@ -278,7 +283,7 @@ def _group(text: str) -> Form:
     if levels is None or 0 in levels[1:-1]:
         return Form("leaf", text)
     inner = "".join(pieces[1:-1]).strip()
-    parts = [part for part in split(inner, (",", ";"))[::2]]
+    parts = split(inner, (",", ";"))[::2]
     if opening == r"\{":
         return Form("set", text, parts=_elements([part for part in parts if part]))
     if len(parts) == 1:
@@ -330,15 +335,15 @@ def _relation(text: str) -> Form | None:
         return Form("relation", text, sign, (Form("leaf", left), Form("leaf", right)))
     if len(sides) == 3 and is_name(sides[1]) and (set(signs) <= {"<", r"\le"} or set(signs) <= {">", r"\ge"}):
         low, high, lower, upper = sides[0], sides[2], signs[0], signs[1]
-        if lower in _FLIP and lower in (">", r"\ge"):
+        if lower in (">", r"\ge"):
             low, high, lower, upper = high, low, upper, lower
-        brackets = ("[" if "e" in lower else "(") + ("]" if "e" in upper else ")")
+        brackets = ("[" if lower in _CLOSED else "(") + ("]" if upper in _CLOSED else ")")
         return _bounded(text, sides[1], low, high, brackets)
     return Form("relation", text, signs[0], tuple(Form("leaf", side) for side in sides)) if len(sides) == 2 else None
 
 
 def _interval(text: str, name: str, bound: str, sign: str) -> Form:
-    closed = "e" in sign
+    closed = sign in _CLOSED
     if sign in (">", r"\ge"):
         return _bounded(text, name, bound, r"\infty", ("[" if closed else "(") + ")")
     return _bounded(text, name, r"-\infty", bound, "(" + ("]" if closed else ")"))

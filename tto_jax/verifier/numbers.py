@@ -20,6 +20,7 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<op>\\(?:frac|binom|cdot)|[-+/^!(){}%]))"
 )
 _PLAIN = re.compile(r"([-+]?)\s*([0-9]+)(?:\.([0-9]+))?\Z")
+_FRACTION = re.compile(r"(-?)\s*(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))\Z")
 _NUMERIC = re.compile(r"(?:[-+0-9.,eE/^!(){}%\s]|\\frac|\\binom|\\cdot)*\Z")
 _THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:[, ][0-9]{3})+)(?![0-9])")
 _MIXED = re.compile(r"(?<![0-9])([0-9]+) +(?=[0-9]+ */ *[0-9]+\s*\Z)")
@@ -62,7 +63,12 @@ def parse_number(text: str) -> Number | None:
         if len(whole) + len(part) <= 4_000:
             value = int(whole + part)
             return Number(-value if sign == "-" else value, 10 ** len(part), decimal=bool(part))
-    if not _NUMERIC.match(text) or not any("0" <= c <= "9" for c in text):
+    fraction = _FRACTION.match(text)
+    if fraction and len(text) <= 4_000:
+        sign, a, b, c, d = fraction.groups()
+        if int(b or d):
+            return Number(-int(a or c) if sign else int(a or c), int(b or d))
+    if not _NUMERIC.match(text):
         return None
     text = _THOUSANDS.sub(lambda m: m.group(1) + m.group(2).replace(",", "").replace(" ", ""), text)
     text = _MIXED.sub(r"\1+", text) if not text.lstrip().startswith("-") else _negative_mixed(text)
@@ -187,12 +193,15 @@ class _Parser:
         return sign * a, b
 
     def power(self) -> tuple[int, int]:
-        a, b = self.factorials()
+        return self.raised(*self.factorials())
+
+    def raised(self, a: int, b: int) -> tuple[int, int]:
         if not self.take("^"):
             return a, b
         if self.take("{"):
             e, f = self.sum()
             self.need("}")
+            e, f = self.raised(e, f)
         else:
             e, f = self.signed()
         if e % f or (a == 0 and e <= 0):

@@ -6,9 +6,9 @@ are read by the grammar of latex2sympy2_extended, with evaluation off, and only 
 (no integrals, sums or limits: a task that was written down again is no answer).
 
 Equality is tested with numbers, not by simplification: both trees are evaluated at the same points to 50 digits, and
-again to 100 to tell a zero from a small number. Equal at all of them means equal, up to a chance of about 1e-30. That is
-fast, decides also where simplification gives up, and has no absolute tolerance (1/2004! is not 1/2006!). Symbols are
-taken to be positive reals, as in physics, so that \sqrt{x^{2}} is x; with |x| in it, negative ones are tried too.
+again to 100 to tell a zero from a small number. Equal at all of them means equal, up to chance. That is fast, decides
+where simplification gives up, and has no absolute tolerance (1/2004! is not 1/2006!). Symbols are taken to be positive
+reals, as in physics, so that \sqrt{x^{2}} is x; with |x| in it, negative ones are tried too.
 """
 
 import math
@@ -16,21 +16,22 @@ import re
 import zlib
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from sympy.core.function import AppliedUndef
 
 from tto_jax.verifier import equality
 from tto_jax.verifier.forms import Form, hostile
+from tto_jax.verifier.numbers import TOLERANCE, parse_number
 
 _DIGITS = (50, 100)
 _MAX_DEPTH = 12  # of brackets; the reader's time doubles every few levels
 _MAX_FACTORIAL = 20_000
 _MAX_LOG2 = 200_000  # of any power, factorial or binomial that is computed
-_COMMANDS = frozenset(
-    r"\frac \sqrt \cdot \pi \infty \sin \cos \tan \cot \sec \csc \sinh \cosh \tanh \arcsin \arccos \arctan \log \ln \exp"
-    r" \lfloor \rfloor \lceil \rceil \binom \hbar \ell \dot \ddot \hat \bar \vec \tilde \overline \circ \alpha \beta"
-    r" \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \iota \kappa \lambda \mu \nu \xi \rho \sigma \tau"
-    r" \upsilon \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega \odot \,".split()
+_KNOWN = re.compile(
+    r"\\(?:frac|sqrt|cdot|pi|infty|sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|log|ln|exp|lfloor|rfloor"
+    r"|lceil|rceil|binom|hbar|ell|dot|ddot|hat|bar|vec|tilde|overline|circ|odot|alpha|beta|gamma|delta|epsilon|varepsilon"
+    r"|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta"
+    r"|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega)\Z"
 )
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL)
 _CHARS = re.compile(r"[-+0-9A-Za-z.,\\/^_!(){}\[\]|=' ]*\Z")
@@ -38,7 +39,8 @@ _LONG = re.compile(r"[0-9]{400}")
 _SCIENTIFIC = re.compile(r"(?<![0-9A-Za-z.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,4})(?![0-9])")
 _DEGREES = re.compile(r"(?<![0-9.])([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{\s*\\circ\s*\}")
 _MIXED = re.compile(r"(?<![0-9A-Za-z.^_}])([0-9]+)\s*(\\frac\s*\{[0-9]+\}\s*\{[0-9]+\})")
-_CONFIG = ConversionConfig(lowercase_symbols=False)
+_FACTOR = re.compile(r"(?<=[0-9])\s*\(")
+_DECIMAL = re.compile(r"[0-9]\.|\.[0-9]|[0-9][eE][+-]?[0-9]")
 _FUNCTIONS = {
     *(sympy.sin, sympy.cos, sympy.tan, sympy.cot, sympy.sec, sympy.csc, sympy.asin, sympy.acos, sympy.atan, sympy.exp),
     *(sympy.sinh, sympy.cosh, sympy.tanh, sympy.log, sympy.Abs, sympy.Add, sympy.Mul),
@@ -47,6 +49,17 @@ _FUNCTIONS = {
 
 class _CannotEvaluate(Exception):
     pass
+
+
+class _Reader(_Latex2Sympy):
+    """The library's reader, but for numbers: it hands their digits to sympy.Number, which is sympify, which is eval."""
+
+    def parse_number(self, text: str) -> sympy.Rational:
+        """Decimals are exact."""
+        number = parse_number(text.replace(",", ""))
+        if number is None or number.too_big:
+            raise ValueError(f"{text[:20]!r} is no number that can be computed with")
+        return sympy.Rational(number.numerator, number.denominator)
 
 
 def equal(answer: str, reference: str) -> bool:
@@ -66,26 +79,26 @@ def _equal(answer: Form, reference: Form) -> bool:
     """Equality of two leaves, or of two relations with one sign."""
     if answer.kind == "relation":
         return _same_relation(answer, reference)
-    a, r = (_tree(equality.leaf(form.text).value) for form in (answer, reference))
-    return a is not None and r is not None and _same_values(a, r)
+    texts = [equality.leaf(form.text).value for form in (answer, reference)]
+    a, r = map(_tree, texts)
+    return a is not None and r is not None and _same_values(a, r, any(map(_DECIMAL.search, texts)))
 
 
 def _tree(text: str) -> sympy.Expr | None:
     """The tree of an expression in normal form, not evaluated; None if it is not read."""
     if hostile(text, _MAX_DEPTH) or text.count("|") > 6 or "!!" in text or not _CHARS.match(text) or _LONG.search(text):
         return None
-    if not set(_COMMAND.findall(text)) <= _COMMANDS:
+    if not all(map(_KNOWN.match, _COMMAND.findall(text))):
         return None
     text = _SCIENTIFIC.sub(r"(\1 \\cdot 10^{\2})", text)
     text = _DEGREES.sub(r"(\\frac{\1 \\cdot \\pi}{180})", text)
+    text = _FACTOR.sub(r" \\cdot (", text)  # the reader takes 3(\frac{1}{2}) for a mixed fraction
     text = _MIXED.sub(r"(\1+\2)", text).replace(r"\gamma", r"\xi_{gamma}")  # the reader's \gamma is Euler's constant
     if r"\sqrt[" not in text:
         text = text.replace("[", "(").replace("]", ")")
     try:
         with sympy.evaluate(False):
-            tree = latex2sympy(
-                text, is_real=None, convert_degrees=True, normalization_config=None, conversion_config=_CONFIG
-            )
+            tree = _Reader(config=ConversionConfig(lowercase_symbols=False)).parse(text)
     except MemoryError:
         raise
     except Exception:  # the reader raises bare Exceptions for whatever it can't read
@@ -107,8 +120,8 @@ def _points(trees: list[sympy.Expr]) -> list[dict]:
     ]  # fmt: skip
 
 
-def _same_values(a: sympy.Expr, r: sympy.Expr) -> bool:
-    decimal = a.has(sympy.Float) or r.has(sympy.Float)
+def _same_values(a: sympy.Expr, r: sympy.Expr, decimal: bool) -> bool:
+    """`decimal`: one of them is written with a decimal point, and the tolerance of numbers holds."""
     compared = 0
     for point in _points([a, r]):
         try:
@@ -160,7 +173,7 @@ def _close(a: sympy.Expr, r: sympy.Expr, decimal: bool) -> bool:
         return True
     if _log2(gap) < max(_log2(a), _log2(r)) - 130:
         return True
-    return decimal and _log2(gap * equality.TOLERANCE) <= min(0.0, _log2(r)) + 1e-9
+    return decimal and _log2(gap * TOLERANCE) <= min(0.0, _log2(r)) + 1e-9
 
 
 def _log2(x: sympy.Expr) -> float:
@@ -169,11 +182,9 @@ def _log2(x: sympy.Expr) -> float:
 
 
 def _value(node: sympy.Basic, point: dict, digits: int) -> sympy.Expr:
-    """The number that a tree is at a point: a Rational where that is exact, else Floats of `digits` digits, or complex."""
+    """The number that a tree is at a point: a Rational where that is exact, else real or complex of `digits` digits."""
     if node.is_Symbol:
         return sympy.I if node.name == "i" else point[node]
-    if node.is_Float:
-        return sympy.Rational(str(node))
     if node.is_Rational:
         return node
     if node.is_NumberSymbol or node is sympy.I:

@@ -17,7 +17,7 @@ _POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "c
 _DEGREES = re.compile(r"\s*\^\s*\{\s*\\circ\s*\}\s*(?:\\text\s*\{\s*([CF])\s*\}|([CF]))?\Z")
 _OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{\s*(-?[0-9])\s*\})?\Z")
-_PLAIN = re.compile(r"(?<=[0-9}%!)])(\s*)((?:[A-Za-z][A-Za-z./]*\s?)+)(?:\^\s*\{\s*([23])\s*\})?\Z")
+_PLAIN = re.compile(r"(?<=[0-9}%!)])(\s*)([A-Za-z][A-Za-z./ ]*)(?:\^\s*\{\s*([23])\s*\})?\Z")
 _NUMBER_ONLY = re.compile(r"[-+0-9.,/\s]*\Z")
 
 

@@ -24,21 +24,19 @@ CPU_SIGNAL, WALL_SIGNAL = signal.SIGPROF, signal.SIGALRM  # a worker that one of
 
 
 def main() -> None:
-    """Serves `symbolic.equal`, after a first comparison that loads what it loads lazily.
+    """Serves `symbolic.equal`."""
+    serve(_symbolic)
 
-    Raises RuntimeError if that comparison is wrong: every later one would be, in silence.
+
+def serve(load: Callable[[], Equal]) -> None:
+    """Answers requests until stdin ends; limits are the program's three arguments.
+
+    Args:
+        load: imports and tries what compares; what it raises is an error of the environment, not of an answer.
     """
-    from tto_jax.verifier import symbolic
-
-    if not symbolic.equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}") or symbolic.equal(r"\sqrt{2}", r"\frac{\pi}{2}"):
-        raise RuntimeError("symbolic comparison does not work here: sqrt(8)/2 must equal sqrt(2), and sqrt(2) not pi/2")
-    serve(symbolic.equal)
-
-
-def serve(equal: Equal) -> None:
-    """Answers requests with `equal(answer, reference)` until stdin ends; limits are the program's three arguments."""
     cpu_seconds, wall_seconds, memory_mb = map(float, sys.argv[1:])
     requests, replies = _private_streams()
+    equal = load()
     ceiling = _limit_resources(int(memory_mb * 2**20))
     _reply(replies, ready=True)
     _silence(1, 2)
@@ -49,6 +47,15 @@ def serve(equal: Equal) -> None:
         _set_timers(0, 0)
         # What a comparison left behind (caches) must not make the next one run out of memory.
         _reply(replies, equal=verdict, retire=ceiling is not None and _address_space() > ceiling)
+
+
+def _symbolic() -> Equal:
+    """After a first comparison, which loads what is loaded lazily; if it were wrong, every later one would be too."""
+    from tto_jax.verifier import symbolic
+
+    if not symbolic.equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}") or symbolic.equal(r"\sqrt{2}", r"\frac{\pi}{2}"):
+        raise RuntimeError("symbolic comparison does not work here: sqrt(8)/2 must equal sqrt(2), and sqrt(2) not pi/2")
+    return symbolic.equal
 
 
 def _guarded(equal: Equal, answer: str, reference: str) -> bool | None:

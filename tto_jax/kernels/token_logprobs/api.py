@@ -9,7 +9,12 @@ IMPLEMENTATIONS = {"chunked": chunked.token_logprobs, "reference": reference.tok
 
 
 def token_logprobs(
-    hidden: Array, head: Array, target: Array, temperature: float = 1.0, implementation: str = "chunked"
+    hidden: Array,
+    head: Array,
+    target: Array,
+    temperature: float = 1.0,
+    implementation: str = "chunked",
+    vocabulary_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each target token and entropy of its distribution.
 
@@ -17,6 +22,7 @@ def token_logprobs(
       hidden: f32 or bf16 [M,D]. head: [D,V]. target: i32[M].
       temperature: the one that the sampler used, positive.
       implementation: `chunked` (no [M,V] array, forward or backward) or `reference`.
+      vocabulary_axis: the mesh axis that splits the vocabulary, inside a `shard_map`; head is then [D, V / parts].
 
     Returns:
       logprob f32[M], entropy f32[M] in nats.
@@ -32,4 +38,4 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: log-probs need a positive temperature, such as 1.0")
-    return IMPLEMENTATIONS[implementation](hidden, head, target, temperature)
+    return IMPLEMENTATIONS[implementation](hidden, head, target, temperature, vocabulary_axis)

@@ -1,0 +1,162 @@
+"""Where arrays lie on a mesh: its axes, one table from parameter paths to PartitionSpecs, and the split of rows.
+
+The model knows nothing of this beside two calls: `constrain` (where activations and caches lie) and `split` (what each
+device does with its own rows and heads alone). Without a mesh in context they do nothing.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # rows of a batch are split over both; weights over fsdp and tensor
+
+# Path of an array of the model, at the end of a path in a state: how its dimensions are split. One pattern a path.
+TABLE = (
+    (r"embed\.embedding", P("tensor", "fsdp")),
+    (r"position_embed\.embedding", P(None, "fsdp")),
+    (r"layers\.attention\.q\.kernel", P(None, "fsdp", "tensor")),
+    (r"layers\.attention\.q\.bias", P(None, "tensor")),
+    (r"layers\.attention\.[kv]\.kernel", P(None, "fsdp", "kv")),
+    (r"layers\.attention\.[kv]\.bias", P(None, "kv")),
+    (r"layers\.attention\.out\.kernel", P(None, "tensor", "fsdp")),
+    (r"layers\.(gate|up)\.kernel", P(None, "fsdp", "tensor")),
+    (r"layers\.down\.kernel", P(None, "tensor", "fsdp")),
+    (r"layers\.(attention\.[qk]|attention|mlp)_norm\.scale", P()),
+    (r"norm\.scale", P()),
+    (r"lm_head\.kernel", P("fsdp", "tensor")),
+)
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of (data, fsdp, tensor) devices; one size may be -1, the rest of the devices.
+
+    Several slices are spanned by `data`, whose collectives are the rarest. Raises ValueError if the sizes do not fit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _resolve(tuple(int(n) for n in shape), len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(f"mesh={sizes}: data={sizes[0]} must be a multiple of the {slices} slices, which it spans")
+    if slices > 1:
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _resolve(shape, number):
+    if len(shape) != len(AXES) or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise ValueError(f"mesh={shape}: give a size for each of {AXES}, positive, one of them -1 for the rest")
+    known = math.prod(n for n in shape if n != -1)
+    sizes = tuple(number // known if n == -1 else n for n in shape)
+    if math.prod(sizes) != number:
+        raise ValueError(f"mesh={shape} of {AXES} does not fit {number} devices: the sizes' product must be {number}")
+    return sizes
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def shardings(mesh: Mesh, tree: Any, kv_heads: int, *, without: Sequence[str] = ()) -> Any:
+    """NamedShardings of a tree of parameters, or of a state that holds such trees (moments), by `TABLE`.
+
+    Args:
+      mesh: of `AXES`.
+      tree: arrays or `jax.ShapeDtypeStruct`s; scalars are replicated.
+      kv_heads: of the model; where `tensor` does not divide them, their weights lie without it.
+      without: axes that are left out: the rollout's weights lie without `fsdp`.
+
+    Raises:
+      ValueError: paths that no pattern or several match, ranks and sizes that do not fit; all together.
+    """
+    wrong, kv_split = [], kv_heads % mesh.shape["tensor"] == 0
+
+    def one(path, leaf):
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="."), np.shape(leaf)
+        spec = _spec(name, shape, wrong)
+        axes = ["tensor" if axis == "kv" and kv_split else axis for axis in spec]
+        axes = [None if axis in (*without, "kv") or mesh.shape.get(axis) == 1 else axis for axis in axes]
+        while axes and axes[-1] is None:  # one spelling a layout, so that a state keeps its types
+            axes.pop()
+        for size, axis in zip(shape, axes):
+            if axis and size % mesh.shape[axis]:
+                wrong.append(f"{name} {shape} with {P(*axes)}: {axis}={mesh.shape[axis]} does not divide {size}")
+        return NamedSharding(mesh, P(*axes))
+
+    found = jax.tree_util.tree_map_with_path(one, tree)
+    if wrong:
+        raise ValueError(f"{len(wrong)} arrays cannot be laid out on mesh {dict(mesh.shape)}:\n  " + "\n  ".join(wrong))
+    return found
+
+
+def _spec(name, shape, wrong):
+    if not shape:
+        return P()
+    matches = [(pattern, spec) for pattern, spec in TABLE if re.fullmatch(rf"(.*\.)?{pattern}", name)]
+    if len(matches) > 1:
+        wrong.append(f"{name} {shape}: matched by {[pattern for pattern, _ in matches]}")
+    if not matches:
+        wrong.append(f"{name} {shape}: no pattern matches")
+        return P()
+    if len(matches[0][1]) > len(shape):
+        wrong.append(f"{name} {shape}: its spec {matches[0][1]} has more dimensions")
+        return P()
+    return matches[0][1]
+
+
+def constrain(x: Any, *axes: Any) -> Any:
+    """`x` (an array or a tree) split as P(*axes), in the mesh of the context; `x` itself where there is none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P(*axes)), x)
+
+
+def split(function: Callable, arrays: Any, specs: Any, out_specs: Any) -> Any:
+    """`function(arrays, "tensor")` on what each device has of `arrays`; without a mesh `function(arrays, None)`.
+
+    The second argument is the axis over which the function itself may communicate.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(arrays, None)
+    run = lambda local: function(local, "tensor")  # noqa: E731
+    return jax.shard_map(run, in_specs=(specs,), out_specs=out_specs)(arrays)
+
+
+def kv_copies(heads: int, kv_heads: int, mesh: Mesh | None) -> int:
+    """How often each KV head stands in activations and cache, so that `tensor` splits them; ValueError if it cannot."""
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    if heads % tensor:
+        choices = tuple(n for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(f"tensor={tensor} does not divide the {heads} query heads: choose one of {choices}")
+    return math.lcm(kv_heads, tensor) // kv_heads
+
+
+def place(mesh: Mesh | None, tree: Any, kv_heads: int, *, without: Sequence[str] = ()) -> Any:
+    """Parameters, or a state that holds them, on the devices by `TABLE`; without a mesh on the first device."""
+    return (
+        jax.device_put(tree) if mesh is None else jax.device_put(tree, shardings(mesh, tree, kv_heads, without=without))
+    )
+
+
+def place_rows(mesh: Mesh | None, tree: Any) -> Any:
+    """Host arrays on the devices, rows split; without a mesh on the first device."""
+    return jax.device_put(tree) if mesh is None else jax.device_put(tree, NamedSharding(mesh, P(ROWS)))
+
+
+def constrain_params(tree: Any, kv_heads: int) -> Any:
+    """A tree of parameters, or a state that holds such trees, laid out by `TABLE` in the mesh of the context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(mesh, tree, kv_heads))
