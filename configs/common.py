@@ -71,6 +71,7 @@ def base(variant: str, budgets: tuple[int, ...]) -> ConfigDict:
 def pretrained(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
     """An experiment on math problems that starts from a pretrained model."""
     config = algorithm(variant, name, budgets)
+    config.mesh = (1, -1, 1)
     config.init = ""  # the model to start from: a Hugging Face directory or a converted checkpoint
     config.model = ConfigDict({"dtype": "bfloat16", "remat": "full"})
     for size in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
@@ -106,6 +107,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "variant": variant,
             "seed": 0,
             "steps": 1,
+            "mesh": (1, 1, 1),  # devices along data, fsdp, tensor; -1: the rest of them
             "budgets": {"tokens": budgets if all_budgets else budgets[-1:], "prior": prior},
             "rollout": {"problems": 64, "group_size": 8, "answers": number, "temperature": 1.0, "segment": 256},
             "credit": {

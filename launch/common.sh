@@ -175,7 +175,7 @@ require_page() { # checks REST: a page and its flags
   done
   [ -n "$workdir" ] || fail "${REST[0]} needs --workdir=gs://BUCKET/RUN after --: a retry resumes from it"
   [[ $workdir == *://* ]] || [ -n "${TTO_ALLOW_LOCAL_WORKDIR:-}" ] ||
-    fail "--workdir=$workdir is on the worker's own disk: every worker has another one, and it is lost with the machine." \
+    fail "--workdir=$workdir is on the worker's own disk: every worker has another, and it is lost with the machine." \
       "Use gs://BUCKET/RUN, or --allow-local-workdir if the path is on a disk that all workers mount"
 }
 
@@ -186,9 +186,10 @@ resolve_commit() { # sets COMMIT, SHORT, EXCLUDE_NEWER, ARCHIVE; only reads from
   COMMIT=$(git rev-parse --verify --quiet --end-of-options "$ref^{commit}") ||
     fail "--ref=$ref names no commit of this checkout"
   SHORT=${COMMIT:0:12}
-  git cat-file -e "$COMMIT:launch/worker.sh" 2>/dev/null || fail "commit $SHORT has no launch/worker.sh: choose a newer --ref"
+  git cat-file -e "$COMMIT:launch/worker.sh" 2>/dev/null ||
+    fail "commit $SHORT has no launch/worker.sh: choose a newer --ref"
   if [ -z "${TTO_REF:-}" ] && [ -n "$(git status --porcelain --untracked-files=no)" ]; then
-    local changed="tracked files differ from HEAD ($SHORT), and what runs is always a commit: commit them, or say --ref=HEAD"
+    local changed="tracked files differ from HEAD ($SHORT), and what runs is a commit: commit them, or say --ref=HEAD"
     [ -n "${TTO_DRY_RUN:-}" ] || fail "$changed"
     note "$changed"
   fi
@@ -198,8 +199,8 @@ resolve_commit() { # sets COMMIT, SHORT, EXCLUDE_NEWER, ARCHIVE; only reads from
 
 make_archive() { perform git archive --format=tar.gz --output="$ARCHIVE" "$COMMIT"; }
 
-# A run on TPU VMs. `remote COMMAND` and `copy_to_workers FILE NAME` are the launcher's; the run itself lives on the workers,
-# detached from this connection (worker.sh), so that a lost connection costs nothing.
+# A run on TPU VMs. `remote COMMAND` and `copy_to_workers FILE NAME` are the launcher's; the run itself lives on the
+# workers, detached from this connection (worker.sh), so that a lost connection costs nothing.
 
 worker_script() { printf 'tto_jax/%s/launch/worker.sh\n' "$1"; }
 
@@ -214,7 +215,8 @@ put_code() { # the commit onto every worker, installed
   else
     copy_to_workers "$ARCHIVE" "$file" || return
   fi
-  remote "${fetch}mkdir -p tto_jax/$SHORT && tar -xzf $file -C tto_jax/$SHORT && $setup && ln -sfn $SHORT tto_jax/current"
+  remote "${fetch}mkdir -p tto_jax/$SHORT && tar -xzf $file -C tto_jax/$SHORT && $setup &&\
+ ln -sfn $SHORT tto_jax/current"
 }
 
 start_run() {

@@ -24,7 +24,8 @@
 #   --priority=medium                  run: very-low, low, medium, high or very-high
 #   --grace=60                         run: seconds a pod has between SIGTERM and SIGKILL
 #   --ref=HEAD                         build, run: the commit; HEAD must have no uncommitted changes
-#   --exclude-newer=DATE               build: package versions as of this date; by default the commit's own; none: the newest
+#   --exclude-newer=DATE               build: package versions as of this date; by default the commit's own; none: the
+#                                      newest
 #   --extras=tpu                       build: extras of the package, such as tpu,logging
 #   --env=NAME=VALUE                   run: environment of the page, any number of times
 #   --retries=20                       run
@@ -37,8 +38,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 command=${1:-}
 require_subcommand "$command" build run status logs delete
 shift
-parse_options "name cluster zone project tpu_type num_slices image provisioning reservation priority grace ref exclude_newer \
-  extras env retries worker lines" "allow_local_workdir follow" "$@"
+parse_options "name cluster zone project tpu_type num_slices image provisioning reservation priority grace ref \
+  exclude_newer extras env retries worker lines" "allow_local_workdir follow" "$@"
 : "${TTO_NUM_SLICES:=1}" "${TTO_PRIORITY:=medium}" "${TTO_GRACE:=60}" "${TTO_EXTRAS:=tpu}" "${TTO_RETRIES:=20}"
 : "${TTO_WORKER:=0}" "${TTO_LINES:=100}"
 require_number num_slices 1
@@ -82,7 +83,7 @@ capacity() { # sets capacity_options
   fi
 }
 
-page_command() { # what the container runs: `exec`, so that xpk's SIGTERM comes to worker.sh and not to a shell around it
+page_command() { # what the container runs; exec: xpk's SIGTERM comes to worker.sh, not to a shell around it
   local words
   words=$(quote exec bash /opt/tto_jax/launch/worker.sh run "${ENV_LIST[@]/#/--env=}" -- "${REST[@]}")
   [[ $words != *$'\n'* ]] || fail "a line break in an argument: xpk writes the command into YAML, where it can't stand"
@@ -98,9 +99,10 @@ run() {
     image=$TTO_IMAGE:$SHORT
   fi
   # By default xpk starts a workload again after exit code 42 or 127 to 255 only: a Python error is 1.
-  perform xpk workload create "--workload=$TTO_NAME" "${where[@]}" "--tpu-type=$TTO_TPU_TYPE" "--num-slices=$TTO_NUM_SLICES" \
-    "--docker-image=$image" "${capacity_options[@]}" "--priority=$TTO_PRIORITY" "--max-restarts=$TTO_RETRIES" \
-    --restart-on-exit-codes=1-126 "--termination-grace-period-seconds=$TTO_GRACE" "--command=$words"
+  perform xpk workload create "--workload=$TTO_NAME" "${where[@]}" "--tpu-type=$TTO_TPU_TYPE" \
+    "--num-slices=$TTO_NUM_SLICES" "--docker-image=$image" "${capacity_options[@]}" "--priority=$TTO_PRIORITY" \
+    "--max-restarts=$TTO_RETRIES" --restart-on-exit-codes=1-126 "--termination-grace-period-seconds=$TTO_GRACE" \
+    "--command=$words"
 }
 
 logs() {
@@ -109,7 +111,8 @@ logs() {
   [ "$TTO_WORKER" = all ] || selector+=,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
   [ -z "${TTO_FOLLOW:-}" ] || follow=(--follow)
   perform gcloud container clusters get-credentials "$TTO_CLUSTER" "--location=${TTO_ZONE%-*}" "${project[@]}"
-  perform kubectl logs --namespace=default "--selector=$selector" "--tail=$TTO_LINES" --prefix --max-log-requests=1000 "${follow[@]}"
+  perform kubectl logs --namespace=default "--selector=$selector" "--tail=$TTO_LINES" --prefix \
+    --max-log-requests=1000 "${follow[@]}"
 }
 
 case "$command" in

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# bash launch/queued_resource.sh create|status|logs|run|stop|delete --name=NAME --zone=ZONE [OPTION...] [-- PAGE FLAG...]
+# bash launch/queued_resource.sh create|status|logs|run|stop|delete --name=NAME --zone=ZONE [OPTION...] [-- PAGE...]
 # TPU VMs that Google Cloud hands out from a queue: on demand, spot or reserved, one slice or several.
 #
 #   create  asks for the machines: --accelerator-type and --provisioning. They come when there is room.
 #   status  the state: WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED (taken away), FAILED
-#   run     everything, until PAGE has ended: asks for the machines if they are not asked for, waits for them, copies and
-#           installs the commit, starts PAGE on all workers, shows the log. Machines that were taken away are asked for
-#           again, and PAGE goes on with the same arguments, so from the last checkpoint of the same workdir.
+#   run     everything, until PAGE has ended: asks for the machines if nobody has, waits for them, copies and installs
+#           the commit, starts PAGE on all workers, shows the log. Machines that were taken away are asked for again,
+#           and PAGE goes on with the same arguments, so from the last checkpoint of the same workdir.
 #             bash launch/queued_resource.sh run --name=brpo --zone=us-west4-a --accelerator-type=v5litepod-64 \
 #               --provisioning=spot --retries=50 --delete-when-done -- \
 #               train --config=configs/brpo_r1_qwen_1p5b_8k.py --workdir=gs://my-bucket/runs/brpo
@@ -17,8 +17,8 @@
 #
 # Options (also as environment variables, TTO_ZONE for --zone; a switch: TTO_INTERNAL_IP=1)
 #   --name --zone --project            the request; the project is gcloud's own by default
-#   --accelerator-type                 create, run: v5litepod-N, v5p-N, v6e-N or v4-N. N counts chips for v5litepod and v6e,
-#                                      and cores, two a chip, for v4 and v5p: v5p:4x4x4 is v5p-128
+#   --accelerator-type                 create, run: v5litepod-N, v5p-N, v6e-N or v4-N. N counts chips for v5litepod and
+#                                      v6e, and cores, two a chip, for v4 and v5p: v5p:4x4x4 is v5p-128
 #   --provisioning                     create, run: spot, on-demand or reserved
 #   --node-count=1                     slices (multislice)
 #   --runtime-version                  by default what belongs to the accelerator type
@@ -43,10 +43,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 command=${1:-}
 require_subcommand "$command" create status logs run stop delete
 shift
-parse_options "name zone project accelerator_type provisioning node_count runtime_version valid_until_duration create_arg \
-  worker node ref exclude_newer extras stage env retries retry_delay poll grace lines" \
+parse_options "name zone project accelerator_type provisioning node_count runtime_version valid_until_duration \
+  create_arg worker node ref exclude_newer extras stage env retries retry_delay poll grace lines" \
   "delete_when_done internal_ip allow_local_workdir follow" "$@"
-: "${TTO_NODE_COUNT:=1}" "${TTO_RETRIES:=20}" "${TTO_RETRY_DELAY:=30}" "${TTO_POLL:=60}" "${TTO_GRACE:=60}" "${TTO_LINES:=100}"
+: "${TTO_NODE_COUNT:=1}" "${TTO_RETRIES:=20}" "${TTO_RETRY_DELAY:=30}" "${TTO_POLL:=60}"
+: "${TTO_GRACE:=60}" "${TTO_LINES:=100}"
 if [ "$command" = logs ]; then
   : "${TTO_WORKER:=0}" "${TTO_NODE:=0}"
 else
@@ -107,7 +108,9 @@ machine_options() { # sets create_options from the options, or refuses them
   create_options+=("${CREATE_ARG_LIST[@]}")
 }
 
-create() { perform gcloud compute tpus queued-resources create "$TTO_NAME" "${where[@]}" "${create_options[@]}" --quiet; }
+create() {
+  perform gcloud compute tpus queued-resources create "$TTO_NAME" "${where[@]}" "${create_options[@]}" --quiet
+}
 
 delete() { perform gcloud compute tpus queued-resources delete "$TTO_NAME" "${where[@]}" --force --quiet; }
 
@@ -127,8 +130,10 @@ read_state() { # prints the state, ABSENT if there is no such request, UNKNOWN i
   rm -f "$errors"
 }
 
+EXPECTED='' # the request is there, as far as we know: if it is not, somebody has deleted it
+
 wait_for_machines() { # asks for them if need be, once
-  local state asked='' unknown=0
+  local state again='' unknown=0
   if [ -n "${TTO_DRY_RUN:-}" ]; then
     create
     describe '--format=value(state.state)'
@@ -136,18 +141,31 @@ wait_for_machines() { # asks for them if need be, once
   fi
   while :; do
     state=$(read_state)
-    case "$state$asked" in
-      ACTIVE*) return 0 ;;
-      ABSENT) create && asked=' and asked for' || return ;;
-      SUSPENDED | FAILED) delete || return ;;
-      SUSPENDED* | FAILED*)
-        note "the request is $state: see 'status' for the reason"
-        return 75
+    case "$state" in
+      ACTIVE)
+        EXPECTED=1
+        return 0
         ;;
-      UNKNOWN*)
+      ABSENT)
+        if [ -n "$EXPECTED" ]; then
+          note "somebody has deleted the request: not asked for again"
+          return "$STOPPED"
+        fi
+        create || return
+        again=1 EXPECTED=1
+        ;;
+      SUSPENDED | FAILED) # taken away, or never given
+        note "the request is $state; 'status' says why"
+        [ -z "$again" ] || return 75
+        delete || return
+        again=1 EXPECTED=''
+        continue
+        ;;
+      UNKNOWN)
         unknown=$((unknown + 1))
         [ "$unknown" -lt 5 ] || return 75
         ;;
+      *) EXPECTED=1 ;;
     esac
     note "$TTO_NAME: $state"
     sleep "$TTO_POLL"

@@ -4,14 +4,14 @@
 # others. Given again, the sweep goes on where it stopped: a point resumes from its own workdir.
 #
 #   bash launch/sweep.sh --workdir=gs://my-bucket/sweep --grid=optimizer.learning_rate=1e-6,3e-6 --grid=seed=0,1,2 -- \
-#     bash launch/queued_resource.sh run --name=pod --zone=us-west4-a --accelerator-type=v5litepod-64 --provisioning=spot -- \
-#     train --config=configs/brpo_r1_qwen_1p5b_8k.py
+#     bash launch/queued_resource.sh run --name=pod --zone=us-west4-a --accelerator-type=v5litepod-64 \
+#     --provisioning=spot -- train --config=configs/brpo_r1_qwen_1p5b_8k.py
 # runs COMMAND --workdir=gs://my-bucket/sweep/optimizer.learning_rate=1e-6,seed=0 --config.optimizer.learning_rate=1e-6
-# --config.seed=0 and five more. In COMMAND, {name} stands for a name of the point (--name=sweep: sweep-0, sweep-1, ...),
+# --config.seed=0 and five more. In COMMAND, {name} stands for a name of the point (--name=sweep: sweep-0, sweep-1),
 # which workloads on GKE need. Several at a time: sweep.sh --dry-run ... | xargs -d '\n' -P 4 -I POINT bash -c POINT
 #
-#   --grid=NAME=VALUES   an override --config.NAME and its values; a comma within (), [], {} or quotes is part of a value.
-#                        The name config stands for the configuration itself: --grid=config=configs/peak.py:brpo,configs/peak.py:mrt
+#   --grid=NAME=VALUES   an override --config.NAME and its values; a comma within (), [], {} or quotes is part of a
+#                        value. The name config is the configuration itself: --grid=config=configs/a.py,configs/b.py
 #   --separator=,        another character between values, for values that hold a comma
 #   --workdir            each point gets WORKDIR/NAME=VALUE,NAME=VALUE
 #   --name=sweep         for {name}
@@ -23,12 +23,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_options "workdir grid separator name" "" "$@"
 : "${TTO_SEPARATOR:=,}" "${TTO_NAME:=sweep}"
 require workdir
-[[ $TTO_NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name=$TTO_NAME: lower-case letters, digits and hyphens, a letter first"
+[[ $TTO_NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+  fail "--name=$TTO_NAME: lower-case letters, digits and hyphens, a letter first"
 [ "${#TTO_SEPARATOR}" = 1 ] || fail "--separator=$TTO_SEPARATOR: one character"
 [ "${#GRID_LIST[@]}" -gt 0 ] || fail "--grid is missing: give --grid=NAME=VALUE,VALUE"
-[ "${#REST[@]}" -gt 0 ] || fail "no command: after -- comes what a point runs, such as python -m tto_jax.train --config=..."
+[ "${#REST[@]}" -gt 0 ] || fail "no command: after -- comes what a point runs, such as python -m tto_jax.train"
 for word in "${REST[@]}"; do
-  [[ $word != --workdir* ]] || fail "$word in the command: every point has a workdir of its own, give --workdir before --"
+  [[ $word != --workdir* ]] ||
+    fail "$word in the command: every point has a workdir of its own, give --workdir before --"
 done
 
 split() { # TEXT: sets VALUES, split at separators outside brackets and quotes
@@ -78,12 +80,14 @@ for axis in "${GRID_LIST[@]}"; do
   flags=("${next_flags[@]}")
 done
 twice=$(printf '%s\n' "${folders[@]}" | sort | uniq -d | head -n 1)
-[ -z "$twice" ] || fail "two points would share the workdir $twice: their values differ in special characters only, or not at all"
+[ -z "$twice" ] ||
+  fail "two points would share the workdir $twice: their values differ in special characters only, or not at all"
 
 failed=()
 for i in "${!folders[@]}"; do
   mapfile -t -d "$END" overrides < <(printf '%s' "${flags[i]}")
-  perform "${REST[@]//'{name}'/$TTO_NAME-$i}" "--workdir=${TTO_WORKDIR%/}/${folders[i]}" "${overrides[@]}" || failed+=("${folders[i]}")
+  perform "${REST[@]//'{name}'/$TTO_NAME-$i}" "--workdir=${TTO_WORKDIR%/}/${folders[i]}" "${overrides[@]}" ||
+    failed+=("${folders[i]}")
 done
 if [ "${#failed[@]}" -gt 0 ]; then
   note "${#failed[@]} of ${#folders[@]} points failed: ${failed[*]}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # bash launch/tpu_vm.sh setup|run|stop|logs --name=TPU --zone=ZONE [OPTION...] [-- PAGE FLAG...]
-# On a TPU VM that exists already, one host or many. The machine is not created, deleted or brought back by this script: for
+# On a TPU VM that exists already, one host or many. This script does not create, delete or bring back the machine: for
 # that, for spot machines and for several slices see queued_resource.sh.
 #
 #   setup   copies a commit of this checkout to all workers and installs it there
-#   run     starts PAGE on all workers, shows the log, starts it again with the same arguments if it ends before its time
+#   run     starts PAGE on all workers, shows the log, starts it again with the same arguments if it ends too early
 #             bash launch/tpu_vm.sh run --name=my-tpu --zone=us-east5-b -- \
 #               train --config=configs/brpo_r1_qwen_1p5b_8k.py --workdir=gs://my-bucket/runs/brpo
 #           It lives on the workers: after a lost connection or Ctrl-C here the same command attaches to it.

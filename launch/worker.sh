@@ -12,8 +12,9 @@
 #   logs    the last --lines=100 of the log [--follow]
 #
 # run and start take --env=NAME=VALUE, any number of times. --dry-run prints the commands of setup and run.
-# Exit codes: the page's; 143 if SIGTERM came and the page ended well (run again: it resumes); 130 after `stop`; 137 if the
-# run was killed; 64 if what was asked can't work. Files of the background run: TTO_RUN_DIR, by default ~/tto_jax/run.
+# Exit codes: the page's; 143 if SIGTERM came and the page ended well (run again: it resumes); 130 after `stop`; 137 if
+# the run was killed; 64 if what was asked can't work. Files of the background run: TTO_RUN_DIR, by default
+# ~/tto_jax/run.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -51,15 +52,16 @@ setup_worker() {
 installed_commit() { sed -n 's/ .*//p' .venv/installed 2>/dev/null || true; }
 
 run_page() { # the page in the foreground; returns its exit code
-  local child status term_came=0 interrupted pair
+  local child='' status term_came=0 interrupted pair
   for pair in "${ENV_LIST[@]}"; do
     export "${pair?}"
   done
   TTO_COMMIT=$(installed_commit)
   export TTO_COMMIT
+  trap 'term_came=1; interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
   .venv/bin/python -m "tto_jax.${REST[0]}" "${REST[@]:1}" &
   child=$!
-  trap 'term_came=1; interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
+  [ "$term_came" = 0 ] || kill -TERM "$child" # it came before there was a child
   while :; do # a trapped signal ends `wait`, not the page
     interrupted=0
     status=0

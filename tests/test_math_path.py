@@ -73,6 +73,7 @@ def config_of(model_dir, problem_set, **changes):
         "data.train": str(problem_set),
         "data.eval": (str(problem_set),),
         "steps": 2,
+        "mesh": (1, 1, 1),
         "model.dtype": "float32",
         "model.remat": "none",
         "task.max_prompt_tokens": 8,

@@ -123,7 +123,7 @@ def test_runs_of_several_sets_are_compared_by_the_mean_over_sets(tmp_path):
         np.testing.assert_allclose([low, high], np.mean(means) + np.array([-1.96, 1.96]) * error, atol=0.25 * error)
     one = make_run(tmp_path / "one")
     (note,) = report.compare([a, report.load_run(one)])
-    assert "different sets (few, many and )" in note["note"]
+    assert "different sets (unnamed and few, many)" in note["note"]
     picture = report.curves([a, *report.runs_of_sets(a)])
     assert [text.get_text() for text in picture.axes[0].get_legend().get_texts()] == [
         f"{name} (95% band)" for name in ("a", "few", "many")

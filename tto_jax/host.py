@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` if files differ from it; `unknown` outside a checkout."""
+    """The checkout's commit, with `+` if files differ from it; elsewhere TTO_COMMIT, or `unknown`."""
+    if "TTO_COMMIT" in os.environ:  # set where a copy of a commit runs, without its repository
+        return os.environ["TTO_COMMIT"]
     here = Path(__file__).parent
 
     def git(*args):

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 from etils import epath
 
-from tto_jax import data, pretrained, problem_sets, tasks
+from tto_jax import data, pretrained, problem_sets, sharding, tasks
 from tto_jax.math_task import MathTask
+from tto_jax.models import hf_weights
 from tto_jax.models.config import ModelConfig
 from tto_jax.models.decoder import Params
 from tto_jax.tasks import Problem, Task, prompting
@@ -78,11 +80,15 @@ def _given_model(given):
         raise ValueError(f"init is empty and model does not give every size ({error}): give --config.init") from error
 
 
-def pretrained_params(config: ml_collections.ConfigDict, model: ModelConfig, workdir: epath.Path) -> Params:
-    """The pretrained parameters; the workdir gets the model's small files, so that it can be exported by itself."""
+def pretrained_params(
+    config: ml_collections.ConfigDict, model: ModelConfig, workdir: epath.Path, mesh: jax.sharding.Mesh | None
+) -> Params:
+    """The pretrained parameters on the mesh; the workdir gets the model's small files: it can be exported by itself."""
     start = pretrained.find(config.init)
     pretrained.copy_small_files(start, workdir / "hf")
-    return start.load(model)
+    if mesh is None:
+        return start.load(model)
+    return start.load(model, sharding.shardings(mesh, hf_weights.abstract_params(model), model.num_kv_heads))
 
 
 @dataclasses.dataclass(frozen=True)

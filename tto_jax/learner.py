@@ -105,9 +105,17 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.apply_if_finite(update, max_consecutive_errors=2**31 - 1)
 
 
-def init_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
-    """Step 0 with fresh moments. The parameters are taken over (donated by the first step)."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(optimizer).init(params))
+def init_state(
+    params: Params, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh | None = None, kv_heads: int = 1
+) -> TrainState:
+    """Step 0 with fresh moments, born where the parameters lie. The parameters are taken over (donated later)."""
+
+    def rest(params):
+        return TrainState(step=jnp.int32(0), params=None, opt_state=make_optimizer(optimizer).init(params))
+
+    if mesh is not None:
+        rest = jax.jit(rest, out_shardings=sharding.shardings(mesh, jax.eval_shape(rest, params), kv_heads))
+    return dataclasses.replace(rest(params), params=params)
 
 
 def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:

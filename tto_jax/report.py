@@ -87,7 +87,7 @@ def load_run(path: epath.PathLike, name: str | None = None, training: bool = Tru
         )
     scores = np.load(io.BytesIO(need("evaluation/scores.npz", "evaluate").read_bytes()))
     number = scores["set"] if "set" in scores else np.zeros(len(scores["id"]), np.int32)
-    names = tuple(scores["set_names"].tolist()) if "set" in scores else ("",)
+    names = tuple(scores["set_names"].tolist()) if "set" in scores else ("unnamed",)
     order = np.lexsort((scores["id"], number))
     correct, forks, id_, number = (x[order] for x in (scores["correct"], scores["forks"], scores["id"], number))
     shape = correct.shape
@@ -127,7 +127,7 @@ def runs_of_sets(run: Run) -> list[Run]:
 
 def _mismatch(a: Run, b: Run) -> str | None:
     """Why two runs can't be compared problem by problem; None if they can."""
-    if a.set_names != b.set_names:
+    if a.set_names != b.set_names and max(len(a.set_names), len(b.set_names)) > 1:  # of single ones the ids decide
         return f"different sets ({', '.join(a.set_names)} and {', '.join(b.set_names)}): not compared"
     if not np.array_equal(a.id, b.id):
         shared = np.intersect1d(a.id, b.id).size

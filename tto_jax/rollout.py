@@ -57,6 +57,16 @@ class RolloutConfig:
         return int(not (self.elicit_ended and self.elicit_cut))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def weights(model: ModelConfig, params: Params) -> Params:
+    """The parameters as the rollout wants them: in the compute dtype, whole on every device but for `tensor`.
+
+    Once an iteration: weights split over `fsdp` would be gathered for every token.
+    """
+    cast = jax.tree.map(lambda x: x.astype(model.dtype), params)
+    return sharding.constrain_params(cast, model.num_kv_heads, without=("fsdp",))
+
+
 @pytree
 class Trunk:
     """What the answers hang on: prompts (B rows) and traces (N rows) in the cache."""

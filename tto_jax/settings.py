@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tto_jax import data, inputs
+from tto_jax import data, inputs, sharding
 from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
@@ -63,6 +63,7 @@ class Settings:
     problems: int  # B, problems a step
     minibatches: int
     prompt_pad: int  # P
+    mesh: tuple[int, int, int]  # devices along data, fsdp, tensor; -1: the rest
     task: Task
     tokenizer: Tokenizer
     model: ModelConfig
@@ -86,6 +87,25 @@ class Settings:
     def row_length(self) -> int:
         """Tokens of a packed row that are computed."""
         return self.loss.num_states
+
+    def on(self, mesh: jax.sharding.Mesh | None) -> "Settings":
+        """These settings on a mesh. Raises ValueError if heads or rows cannot be split as it asks."""
+        if mesh is None:
+            return self
+        shards = sharding.row_shards(mesh)
+        rows = {
+            "rollout.problems": self.problems,
+            "rows of a minibatch": self.rows // self.minibatches,
+            "learner.micro_rows": self.loss.micro_rows,
+        }
+        for name, number in rows.items():
+            if number % shards:
+                raise ValueError(
+                    f"{name}={number} is not a multiple of the {shards} parts that data and fsdp split rows into on "
+                    f"mesh {dict(mesh.shape)}: choose a multiple, or put more devices on tensor"
+                )
+        copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, kv_copies=copies))
 
     def kv_bytes(self) -> int:
         """Bytes of KV that a rollout holds: prompts, traces, inserted tokens and answers."""
@@ -130,6 +150,7 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         problems=config.rollout.problems,
         minibatches=config.learner.minibatches,
         prompt_pad=task.max_prompt_tokens,
+        mesh=sharding.check_shape(config.mesh),
         task=task,
         tokenizer=tokenizer,
         model=model,

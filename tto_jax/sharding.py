@@ -4,6 +4,7 @@ The model knows nothing of this beside two calls: `constrain` (where activations
 device does with its own rows and heads alone). Without a mesh in context they do nothing.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -35,13 +36,25 @@ TABLE = (
 )
 
 
+def mesh_of(shape: Sequence[int]) -> Mesh | None:
+    """The mesh of a run; None where it is one device: then nothing is laid out, and the first device does it all."""
+    if check_shape(shape) == (1, 1, 1) or (sorted(shape) == [-1, 1, 1] and jax.device_count() == 1):
+        return None
+    return make_mesh(shape)
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context in which jitted functions lay their arrays out on the mesh; for None one that does nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of (data, fsdp, tensor) devices; one size may be -1, the rest of the devices.
 
     Several slices are spanned by `data`, whose collectives are the rarest. Raises ValueError if the sizes do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _resolve(tuple(int(n) for n in shape), len(devices))
+    sizes = _resolve(shape, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise ValueError(f"mesh={sizes}: data={sizes[0]} must be a multiple of the {slices} slices, which it spans")
@@ -53,9 +66,16 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _resolve(shape, number):
+def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The sizes of a mesh as numbers; ValueError if they are none."""
+    shape = tuple(shape)
     if len(shape) != len(AXES) or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise ValueError(f"mesh={shape}: give a size for each of {AXES}, positive, one of them -1 for the rest")
+    return shape
+
+
+def _resolve(shape, number):
+    shape = check_shape(shape)
     known = math.prod(n for n in shape if n != -1)
     sizes = tuple(number // known if n == -1 else n for n in shape)
     if math.prod(sizes) != number:
@@ -149,14 +169,22 @@ def place(mesh: Mesh | None, tree: Any, kv_heads: int, *, without: Sequence[str]
     )
 
 
+def abstract(mesh: Mesh | None, tree: Any, kv_heads: int) -> Any:
+    """`jax.ShapeDtypeStruct`s with their layout, for a restore."""
+    if mesh is None:
+        return tree
+    struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(struct, tree, shardings(mesh, tree, kv_heads))
+
+
 def place_rows(mesh: Mesh | None, tree: Any) -> Any:
     """Host arrays on the devices, rows split; without a mesh on the first device."""
     return jax.device_put(tree) if mesh is None else jax.device_put(tree, NamedSharding(mesh, P(ROWS)))
 
 
-def constrain_params(tree: Any, kv_heads: int) -> Any:
+def constrain_params(tree: Any, kv_heads: int, *, without: Sequence[str] = ()) -> Any:
     """A tree of parameters, or a state that holds such trees, laid out by `TABLE` in the mesh of the context."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(mesh, tree, kv_heads))
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(mesh, tree, kv_heads, without=without))

@@ -25,6 +25,7 @@ from tto_jax import (
     learner,
     rollout,
     settings,
+    sharding,
     warm_start,
 )
 from tto_jax.core import credit, rewards, token_tree
@@ -66,20 +67,23 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
         warm_start.get(config, plan, workdir)
         return
 
-    # The problems, and those that are held out.
-
+    # The devices, the problems, and those that are held out.
+    mesh = sharding.mesh_of(plan.mesh)
+    plan = plan.on(mesh)
     found = inputs.training_problems(config, plan.task, plan.tokenizer)
     print(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
     batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed)
     held_out = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     # Whatever ends the loop, a save in flight is finished first.
-    with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as saved:
+    saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
+    begin, totals = saved.latest_step() or 0, {"tokens": 0, "seconds": 0.0}
+    initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not begin else None
+    with saved, sharding.use(mesh):
         # The policy: what the last checkpoint holds, or what the run starts from.
-        begin, totals = saved.latest_step() or 0, {"tokens": 0, "seconds": 0.0}
-        initial = initial_params(config, plan, workdir) if plan.loss.kl or not begin else None
         reference = initial if plan.loss.kl else None
         if begin:
-            state, extra = saved.restore(begin, learner.abstract_state(plan.model, plan.optimizer))
+            like = learner.abstract_state(plan.model, plan.optimizer)
+            state, extra = saved.restore(begin, sharding.abstract(mesh, like, plan.model.num_kv_heads))
             if extra["problems"] != found.fingerprint:
                 raise ValueError(
                     f"data.train={config.data.train} has changed since step {begin}: its cursor means others"
@@ -87,7 +91,8 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
             batches.set_state(extra["cursor"])
             totals = extra["totals"]
         else:  # the state is donated to the update, the reference stays
-            state = learner.init_state(jax.tree.map(jnp.copy, initial) if reference else initial, plan.optimizer)
+            initial = jax.tree.map(jnp.copy, initial) if reference else initial
+            state = learner.init_state(initial, plan.optimizer, mesh, plan.model.num_kv_heads)
         del initial
         writer = MetricsWriter(workdir, resume_step=begin if begin else -1)
         progress = Progress(plan.steps, initial=begin)
@@ -97,24 +102,26 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
         for step in range(begin + 1, plan.steps + 1):
             clock = Clock()
             batch = next(batches)
-            prompts = jax.device_put(batch.prompts)
+            prompts = sharding.place_rows(mesh, batch.prompts)
             key = jax.random.fold_in(jax.random.key(plan.seed), step)
 
             # Nothing crosses between host and device but what is named: a transfer by accident is an error.
             with jax.transfer_guard("disallow"):
                 # Think, cut, answer.
-                traces, trunk = rollout.sample_traces(plan.model, plan.rollout, state.params, prompts, key)
+                weights = rollout.weights(plan.model, state.params)
+                traces, trunk = rollout.sample_traces(plan.model, plan.rollout, weights, prompts, key)
                 forks = rollout.cut(traces.length, plan.schedule)
                 clock.mark("think", traces)
-                answers = rollout.sample_answers(plan.model, plan.rollout, state.params, trunk, traces, forks, key)
+                answers = rollout.sample_answers(plan.model, plan.rollout, weights, trunk, traces, forks, key)
                 clock.mark("answer", answers)
+                del weights, trunk  # the update needs the room
 
                 # Grade on the host, turn scores into credit, pack trees.
                 seen = jax.device_get((traces, forks, answers))
                 graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
                 scores = graded.scores
                 clock.mark("grade")
-                correct = jax.device_put(scores.correct)
+                correct = sharding.place_rows(mesh, scores.correct)
                 rows, earned, baselines = credit_and_pack(
                     plan.credit, plan.schedule, prompts, traces, answers, forks, correct
                 )
@@ -161,11 +168,12 @@ def host_state(batches, found, totals) -> dict:
     return {"cursor": batches.get_state(), "problems": found.fingerprint, "totals": totals}
 
 
-def initial_params(config, plan: Settings, workdir: epath.Path):
-    """What the run starts from: a pretrained model, or the warm start."""
+def initial_params(config, plan: Settings, workdir: epath.Path, mesh):
+    """What the run starts from, on the mesh: a pretrained model, or the warm start, which one device trains."""
     if inputs.is_pretrained(config):
-        return inputs.pretrained_params(config, plan.model, workdir)
-    return warm_start.get(config, plan, workdir)
+        return inputs.pretrained_params(config, plan.model, workdir, mesh)
+    params = warm_start.get(config, plan, workdir)
+    return sharding.place(mesh, params, plan.model.num_kv_heads)
 
 
 def resumable(plan: Settings) -> tuple[str, ...]:
