@@ -125,7 +125,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             },
             "learner": {
                 "minibatches": 2,
-                "micro_rows": 0,  # rows whose gradient is computed at a time; 0: the whole minibatch
+                "micro_rows": 0,  # rows of each part of the mesh whose gradient is computed at a time; 0: all
                 "clip_low": 0.2,
                 "clip_high": 0.2,
                 "kl": 0.0,

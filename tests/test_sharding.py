@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tto_jax import learner, rollout, sharding
+from configs import peak
+from tto_jax import learner, rollout, settings, sharding
 from tto_jax.core import credit, token_tree
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.types import Prompts
@@ -76,12 +77,12 @@ def step(mesh):
     """One step: rollout, credit, log-probs, two minibatches. Results on the host and the state's types."""
     model = model_on(mesh)
     whole = sharding.place(mesh, weights(), model.num_kv_heads, without=("fsdp",))
-    prompts, key = sharding.place_rows(mesh, make_prompts()), jax.random.key(0)
+    prompts, key = sharding.put_rows(make_prompts()), jax.random.key(0)
     traces, trunk = rollout.sample_traces(model, ROLLOUT, whole, prompts, key)
     forks = rollout.cut(traces.length, SCHEDULE)
     answers = rollout.sample_answers(model, ROLLOUT, whole, trunk, traces, forks, key)
     correct = (np.random.default_rng(1).random((B, G, len(BUDGETS), A)) < 0.5).astype(np.float32)
-    correct, by_trace = sharding.place_rows(mesh, correct), forks.reshape(B, G, -1)
+    correct, by_trace = sharding.put_rows(correct), forks.reshape(B, G, -1)
     earned = jax.jit(functools.partial(credit.assign, estimator="brpo", answers="brpo"))(correct, by_trace, SCHEDULE)
     rows = jax.jit(token_tree.pack)(prompts, traces, answers, forks, earned, jnp.ones(len(BUDGETS)))
     state = sharding.place(mesh, learner.init_state(weights(), OPTIMIZER), model.num_kv_heads)
@@ -161,7 +162,7 @@ def test_the_decode_loop_gathers_no_weights(shape):
     model = model_on(mesh)
     with jax.set_mesh(mesh):
         params = sharding.place(mesh, weights(), model.num_kv_heads, without=("fsdp",))
-        prompts = sharding.place_rows(mesh, make_prompts())
+        prompts = sharding.put_rows(make_prompts())
         state, cache, keys = rollout._start(model, ROLLOUT, params, prompts, jax.random.key(0), np.int32(0))
         arguments = (model, ROLLOUT, params, prompts, cache, state, keys.thinking, np.int32(4))
         text = rollout._think.lower(*arguments).compile().as_text()
@@ -254,6 +255,16 @@ def test_meshes_that_do_not_fit(shape, said):
 
 def test_the_rest_of_the_devices():
     assert dict(sharding.make_mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_rows_must_be_split_evenly():
+    plan = settings.build(peak.get_config("brpo"))  # 32 problems, minibatches of 128 rows, 16 at a time
+    plan.check_rows(None)
+    plan.check_rows(sharding.make_mesh((2, 4, 1)))
+    with pytest.raises(ValueError, match=r"problems=32 and the 128 rows.*multiples of 8 and 256.*micro_rows=32"):
+        dataclasses.replace(plan, loss=dataclasses.replace(plan.loss, micro_rows=32)).check_rows(
+            sharding.make_mesh((2, 4, 1))
+        )
 
 
 def test_tensor_must_divide_the_heads():

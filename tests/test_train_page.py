@@ -18,7 +18,18 @@ from absl import flags
 from etils import epath
 
 from configs import chain, common, peak
-from tto_jax import checkpoint, learner, metrics, report, settings, train, warm_start
+from tto_jax import (
+    checkpoint,
+    evaluation,
+    inputs,
+    learner,
+    metrics,
+    report,
+    settings,
+    sharding,
+    train,
+    warm_start,
+)
 from tto_jax.models import decoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,6 +253,45 @@ def test_equal_scores_teach_nothing(base, monkeypatch):
             assert row["groups/without_signal"] == 1 and row["score/anytime"] == 1
             assert row["update/grad_norm"] == 0 and row["advantage/std/0"] == 0
             assert row["length/wrong"] is None and row["residual/v/0"] is None
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_a_run_on_a_mesh_is_the_run_on_one_device(base, rows, mesh):
+    """Two steps and two evaluations; the same tokens, so the same scores; sums differ by rounding."""
+    workdir = run(base / f"mesh{mesh}", mesh=mesh, steps=2, learner__micro_rows=2)
+    found = metrics.read_rows(workdir)
+    assert [row["step"] for row in found] == [0, 1, 2, 2]
+    for one, many in zip(rows, [row for row in found if "score/anytime" in row]):
+        for name in ("score/anytime", "length/mean", "tokens", "groups/without_signal"):
+            assert one[name] == many[name]
+        for name in ("loss/total", "update/grad_norm", "entropy/thinking", "logprob_gap/mean"):
+            assert one[name] == pytest.approx(many[name], rel=1e-3, abs=1e-6), name
+    plan = settings.build(config_of(base, mesh=mesh))
+    meshed = sharding.make_mesh(mesh)
+    like = sharding.abstract(meshed, learner.abstract_state(plan.model, plan.optimizer), plan.model.num_kv_heads)
+    with checkpoint.Checkpointer(workdir / "checkpoints", keep=1) as saved:
+        on_mesh, alone = (
+            saved.restore(2, like)[0],
+            saved.restore(2, learner.abstract_state(plan.model, plan.optimizer))[0],
+        )
+    assert on_mesh.params["layers"]["down"]["kernel"].sharding.spec[-1] == "fsdp"
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(on_mesh), jax.device_get(alone))
+
+
+def test_an_evaluation_on_a_mesh_fills_its_rows(base):
+    """Five problems on rows that are split in four: what fills the batch is left out."""
+    config = config_of(base)
+    plan = settings.build(config)
+    options = evaluation.Options.from_config(config.evaluation)
+    problems = inputs.evaluation_problems(config, plan.task, plan.tokenizer, 5)["peak"].problems
+    params = decoder.init_params(plan.model, 0)
+    alone = evaluation.evaluate(plan, params, problems, options)
+    mesh = sharding.make_mesh((2, 2, 2))
+    with sharding.use(mesh):
+        placed = sharding.place(mesh, params, plan.model.num_kv_heads)
+        many = evaluation.evaluate(plan.on(mesh), placed, problems, options)
+    for name in ("correct", "length", "forks", "id", "vote"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(many, name))
 
 
 def test_samples_are_readable(whole):

@@ -16,6 +16,7 @@ import io
 import json
 
 import jax
+import numpy as np
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
@@ -154,6 +155,9 @@ def requested() -> Subject:
     elif _DATA.value:
         raise app.UsageError("--data: this run's problems are made by its task; choose their number with --problems")
     override(config.evaluation)
+    if workdir is None:  # nothing is trained: training's budgets must not have to fit the model
+        with config.budgets.ignore_type():
+            config.budgets.update({"tokens": tuple(config.evaluation.budgets), "prior": "uniform"})
     return Subject(config, hashed, variant, workdir)
 
 
@@ -272,9 +276,10 @@ def write(folder: epath.Path, config: dict, record: dict, results: dict[str, eva
         print(line(name, record["budgets"], found))
 
 
-def line(name: str, budgets, found: dict) -> str:
-    """Accuracy at budgets, anytime with its interval, and final."""
-    accuracy = " ".join(f"{b}:{a:.3f}" for b, a in zip(budgets, found["accuracy"]))
+def line(name: str, budgets, found: dict, columns: int = 8) -> str:
+    """Accuracy at up to `columns` budgets, anytime with its interval, and final."""
+    shown = np.unique(np.linspace(0, len(budgets) - 1, min(columns, len(budgets))).round().astype(int))
+    accuracy = " ".join(f"{budgets[i]}:{found['accuracy'][i]:.3f}" for i in shown)
     low, high = found["anytime_ci95"]
     return f"{name}: {accuracy} anytime {found['anytime']:.3f} [{low:.3f}, {high:.3f}] final {found['final']:.3f}"
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, data, grading, rollout
+from tto_jax import completions, data, grading, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
@@ -153,6 +153,7 @@ def evaluate(
     if not len(problems):
         raise ValueError("there are no problems to evaluate")
     rows = options.rows or default_rows(settings, options)
+    params = rollout.weights(settings.model, params)
     plan = list(parts(len(problems), options.traces, rows))
     config = dataclasses.replace(
         settings.rollout,
@@ -184,10 +185,12 @@ def evaluate(
 
 def _sample(settings, config, params, chosen, part, batch_size, options) -> list[dict]:
     """The lines of one part. The rollout may have more rows: repeated problems or traces that only fill it."""
-    batch = next(data.evaluation_batches(chosen, settings.tokenizer, batch_size, settings.prompt_pad))
-    prompts = jax.device_put(batch.prompts)
-    key = jax.random.fold_in(jax.random.key(options.seed), STREAM)
-    schedule = BudgetSchedule.from_prior(options.budgets)
+    batch = next(
+        data.evaluation_batches(chosen, settings.tokenizer, sharding.whole_rows(batch_size), settings.prompt_pad)
+    )
+    prompts = sharding.put_rows(batch.prompts)
+    key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
+    schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
     traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, part.traces.start)
     forks = rollout.cut(traces.length, schedule)
     answers = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)

@@ -114,11 +114,11 @@ def sample_traces(
     Segments of at most `config.segment` tokens are jitted; between them the host looks whether all traces have ended.
     Traces are numbered from `first_trace`: many traces of a problem can be sampled in parts.
     """
-    first_trace = jax.device_put(np.int32(first_trace))
+    first_trace = sharding.put(np.int32(first_trace))
     state, trunk, keys = _start(model, config, params, prompts, key, first_trace)
     for begin in range(0, config.trace_pad, config.segment):
         end = min(begin + config.segment, config.trace_pad)
-        state, done = _think(model, config, params, prompts, trunk, state, keys.thinking, jax.device_put(np.int32(end)))
+        state, done = _think(model, config, params, prompts, trunk, state, keys.thinking, sharding.put(np.int32(end)))
         if end < config.trace_pad and bool(jax.device_get(done)):
             break
     return state.traces, Trunk(prompts=prompts, prompt_cache=trunk, trace_cache=state.cache, first_trace=first_trace)

@@ -89,23 +89,27 @@ class Settings:
         return self.loss.num_states
 
     def on(self, mesh: jax.sharding.Mesh | None) -> "Settings":
-        """These settings on a mesh. Raises ValueError if heads or rows cannot be split as it asks."""
+        """These settings on a mesh. Raises ValueError if its `tensor` axis cannot split the heads."""
         if mesh is None:
             return self
-        shards = sharding.row_shards(mesh)
-        rows = {
-            "rollout.problems": self.problems,
-            "rows of a minibatch": self.rows // self.minibatches,
-            "learner.micro_rows": self.loss.micro_rows,
-        }
-        for name, number in rows.items():
-            if number % shards:
-                raise ValueError(
-                    f"{name}={number} is not a multiple of the {shards} parts that data and fsdp split rows into on "
-                    f"mesh {dict(mesh.shape)}: choose a multiple, or put more devices on tensor"
-                )
         copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, kv_copies=copies))
+        micro = self.loss.micro_rows * sharding.row_shards(mesh)
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, kv_copies=copies),
+            loss=dataclasses.replace(self.loss, micro_rows=micro),
+        )
+
+    def check_rows(self, mesh: jax.sharding.Mesh | None) -> None:
+        """Raises ValueError if the rows of a training step cannot be split as the mesh asks."""
+        shards = 1 if mesh is None else sharding.row_shards(mesh)
+        rows, micro = self.rows // self.minibatches, max(self.loss.micro_rows, 1)
+        if self.problems % shards or rows % (shards * micro):
+            raise ValueError(
+                f"rollout.problems={self.problems} and the {rows} rows of a minibatch must be multiples of {shards} and "
+                f"{shards * micro}: mesh {dict(mesh.shape)} splits rows into {shards} parts over data and fsdp, each of "
+                f"which computes learner.micro_rows={micro} at a time; choose multiples, or put more devices on tensor"
+            )
 
     def kv_bytes(self) -> int:
         """Bytes of KV that a rollout holds: prompts, traces, inserted tokens and answers."""

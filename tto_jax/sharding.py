@@ -177,9 +177,21 @@ def abstract(mesh: Mesh | None, tree: Any, kv_heads: int) -> Any:
     return jax.tree.map(struct, tree, shardings(mesh, tree, kv_heads))
 
 
-def place_rows(mesh: Mesh | None, tree: Any) -> Any:
-    """Host arrays on the devices, rows split; without a mesh on the first device."""
-    return jax.device_put(tree) if mesh is None else jax.device_put(tree, NamedSharding(mesh, P(ROWS)))
+def put(tree: Any, *axes: Any) -> Any:
+    """Host arrays on the devices of the context's mesh, split as P(*axes); without a mesh on the first device."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(tree) if mesh.empty else jax.device_put(tree, NamedSharding(mesh, P(*axes)))
+
+
+def put_rows(tree: Any) -> Any:
+    """`put` with the first dimension split over the row axes."""
+    return put(tree, ROWS)
+
+
+def whole_rows(number: int) -> int:
+    """The least number of rows, `number` or more, that the context's mesh can split."""
+    mesh = jax.sharding.get_mesh()
+    return number if mesh.empty else -(-number // row_shards(mesh)) * row_shards(mesh)
 
 
 def constrain_params(tree: Any, kv_heads: int, *, without: Sequence[str] = ()) -> Any:

@@ -69,6 +69,7 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
 
     # The devices, the problems, and those that are held out.
     mesh = sharding.mesh_of(plan.mesh)
+    plan.check_rows(mesh)
     plan = plan.on(mesh)
     found = inputs.training_problems(config, plan.task, plan.tokenizer)
     print(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
@@ -79,6 +80,7 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
     begin, totals = saved.latest_step() or 0, {"tokens": 0, "seconds": 0.0}
     initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not begin else None
     with saved, sharding.use(mesh):
+        schedule = sharding.put(plan.schedule)
         # The policy: what the last checkpoint holds, or what the run starts from.
         reference = initial if plan.loss.kl else None
         if begin:
@@ -102,15 +104,15 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
         for step in range(begin + 1, plan.steps + 1):
             clock = Clock()
             batch = next(batches)
-            prompts = sharding.place_rows(mesh, batch.prompts)
-            key = jax.random.fold_in(jax.random.key(plan.seed), step)
+            prompts = sharding.put_rows(batch.prompts)
+            key = sharding.put(jax.random.fold_in(jax.random.key(plan.seed), step))
 
             # Nothing crosses between host and device but what is named: a transfer by accident is an error.
             with jax.transfer_guard("disallow"):
                 # Think, cut, answer.
                 weights = rollout.weights(plan.model, state.params)
                 traces, trunk = rollout.sample_traces(plan.model, plan.rollout, weights, prompts, key)
-                forks = rollout.cut(traces.length, plan.schedule)
+                forks = rollout.cut(traces.length, schedule)
                 clock.mark("think", traces)
                 answers = rollout.sample_answers(plan.model, plan.rollout, weights, trunk, traces, forks, key)
                 clock.mark("answer", answers)
@@ -121,9 +123,9 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                 graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
                 scores = graded.scores
                 clock.mark("grade")
-                correct = sharding.place_rows(mesh, scores.correct)
+                correct = sharding.put_rows(scores.correct)
                 rows, earned, baselines = credit_and_pack(
-                    plan.credit, plan.schedule, prompts, traces, answers, forks, correct
+                    plan.credit, schedule, prompts, traces, answers, forks, correct
                 )
                 clock.mark("credit", rows)
 
@@ -136,7 +138,7 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                 clock.mark("score", rows)
                 updates = []
                 for index in range(plan.minibatches):
-                    part = learner.minibatch(rows, plan.minibatches, jax.device_put(np.int32(index)))
+                    part = learner.minibatch(rows, plan.minibatches, sharding.put(np.int32(index)))
                     state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
                     updates.append(update)
                 clock.mark("update", state)

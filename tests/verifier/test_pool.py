@@ -29,7 +29,7 @@ def undecided(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shared():
-    with Pool(2, cpu_seconds=1.0, wall_seconds=20.0, memory_mb=256, _program=MISBEHAVING) as pool:
+    with Pool(2, cpu_seconds=0.5, wall_seconds=60.0, memory_mb=64, _program=MISBEHAVING) as pool:
         yield pool
 
 
@@ -74,7 +74,7 @@ def test_one_misbehaves_and_the_others_are_judged(act, expected, shared, undecid
     ]
     assert judge(shared, act + "2", "spin in python", reference=act + "2") == [RIGHT, TIMEOUT]
     assert judge(shared, "9", reference="9" + act) == [WRONG]
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
     assert len(processes(shared)) <= 2
 
 
@@ -256,6 +256,7 @@ def test_close_kills_and_a_closed_pool_refuses(undecided):
     pool = Pool(2, _program=MISBEHAVING)
     judge(pool, "1", "2", "3", "4")
     ended = processes(pool)
+    assert all(os.getsid(process.pid) == process.pid for process in ended), "Ctrl-C would make crashes of answers"
     pool.close()
     pool.close()
     assert [process.returncode for process in ended] == [-signal.SIGKILL] * 2
