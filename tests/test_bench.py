@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tto_jax import bench
+from tto_jax import bench, bench_grading
 
 FIELDS = {"name", "median_s", "min_s", "max_s", "n", "bytes", "gb_per_s", "target", "shape", "sizes", "ratios"}
 FIELDS |= {"difference", "device", "platform", "cpus", "commit", "versions"}
@@ -76,3 +76,14 @@ def test_first_calls_are_left_out():
     timing = bench.measure({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, calls=3)
     assert seen == ["a", "b"] * 5
     assert timing["a"].n == 3
+
+
+def test_grading(capsys):
+    """The pool's verdicts are those of the same comparisons one by one."""
+    bench.main(["grading", "--shape=tiny"])
+    assert re.search(r"times faster than one by one, [\d,.]+ answers a second.*difference 0", capsys.readouterr().out)
+    references = bench_grading.made_references(0, 200)
+    items = bench_grading.workload(references, seed=0, problems=4, answers=16)
+    right = bench_grading.judge_alone(items)
+    spelled = [answer in bench_grading.spellings(*reference) for answer, reference in items]
+    assert 0.2 < np.mean(right) < 0.8 and all(r for r, s in zip(right, spelled) if s)

@@ -124,11 +124,11 @@ def test_runs_of_several_sets_are_compared_by_the_mean_over_sets(tmp_path):
     one = make_run(tmp_path / "one")
     (note,) = report.compare([a, report.load_run(one)])
     assert "different sets (unnamed and few, many)" in note["note"]
-    picture = report.curves([a, *report.runs_of_sets(a)])
+    picture = report.curves(report.with_sets(a))
     assert [text.get_text() for text in picture.axes[0].get_legend().get_texts()] == [
-        f"{name} (95% band)" for name in ("a", "few", "many")
+        f"{name} (95% band)" for name in ("mean over sets", "few", "many")
     ]
-    assert report.runs_of_sets(report.load_run(one)) == []
+    assert [run.name for run in report.with_sets(report.load_run(one))] == ["one"]
 
 
 def test_pairs_of_seeds_give_a_t_interval(pairs):

@@ -1,4 +1,4 @@
-"""Measure: python -m tto_jax.bench credit [--shape=paper] [--json=FILE]
+"""Measure: python -m tto_jax.bench credit|grading [--shape=paper] [--json=FILE]
 
 Times a part of the library beside a plain implementation of the same equations and beside the least that the hardware
 could do, in one process with one allocator setting. First calls are left out; every number is a median with its spread.
@@ -7,6 +7,7 @@ Results of the two sides are compared first: a benchmark of a wrong answer is re
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import host
+from tto_jax import bench_grading, host
 from tto_jax.core import credit
 from tto_jax.core.budgets import BudgetSchedule, block_to_tokens, forks_at_budgets
+from tto_jax.verifier.pool import Pool
 
 LEFT_OUT = 2  # first calls: they compile and touch new memory
 
@@ -200,10 +202,59 @@ def spread_in_lists(values: np.ndarray, forks: np.ndarray, num_tokens: int) -> n
     return np.array(tokens, np.float32)
 
 
+# ---------------------------------------------------------------- grading
+
+
+@dataclasses.dataclass(frozen=True)
+class GradingShape:
+    """Sizes of `grading`."""
+
+    problems: int  # B
+    answers: int  # of each problem, G S A
+    steps: int  # different ones, after the first
+    alone: int  # answers that are judged without a pool, too
+
+
+GRADING_SHAPES = {"paper": GradingShape(64, 128, 4, 1024), "tiny": GradingShape(4, 16, 2, 64)}
+
+
+def grading_target(shape: GradingShape) -> Result:
+    """Answers of a step, in a pool of workers, beside the same comparisons one by one in this process."""
+    references = bench_grading.made_references(0, 50 * shape.problems)
+    work = functools.partial(bench_grading.workload, references, problems=shape.problems, answers=shape.answers)
+    steps, seconds = [work(seed=seed) for seed in range(shape.steps + 1)], []
+    with Pool() as pool:
+        for items in steps:
+            begin = time.perf_counter()
+            verdicts = pool.judge(items)
+            seconds.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    alone = bench_grading.judge_alone(items[: shape.alone])
+    one_by_one = (time.perf_counter() - begin) * len(items) / len(alone)
+    size = sum(len(answer) for answer, _ in items)
+    step = Timing.of(seconds[1:])
+    rows = (
+        Row("first step, workers start", Timing.of(seconds[:1]), size),
+        Row("step", step, size),
+        Row(f"one by one ({len(alone)} answers, scaled)", Timing.of([one_by_one]), size),
+    )
+    return Result(
+        rows=rows,
+        ratios={
+            "times faster than one by one": one_by_one / step.median,
+            "answers a second": len(items) / step.median,
+            "in the first step": len(items) / seconds[0],
+        },
+        difference=float(np.mean([a != b.correct for a, b in zip(alone, verdicts)])),
+        tolerance=0.0,
+    )
+
+
 # ---------------------------------------------------------------- the page
 
 TARGETS = {  # name: (function of a shape, shapes by name; the first is the default)
     "credit": (credit_target, CREDIT_SHAPES),
+    "grading": (grading_target, GRADING_SHAPES),
 }
 
 

@@ -147,7 +147,9 @@ def _row(key: str, entry: dict) -> list[str]:
     length = key.startswith("mean_length")
 
     def text(value, sign=""):
-        return "none" if value is None else f"{value:{sign}.1f}" if length else f"{100 * value:{sign}.1f}"
+        if value is None:
+            return "none"
+        return f"{round(value if length else 100 * value, 1) + 0.0:{sign}.1f}"  # no -0.0
 
     low, high = (text(value, "+") for value in entry["ci95"])
     return [key, text(entry["a"]), text(entry["b"]), text(entry["difference"], "+"), f"[{low}, {high}]"]

@@ -269,7 +269,7 @@ def write(folder: epath.Path, config: dict, record: dict, results: dict[str, eva
     (folder / "results.json").write_text(json.dumps(record, indent=2))
     run = report.load_run(folder.parent, training=False)  # which may lie elsewhere
     picture = io.BytesIO()
-    report.curves([run, *report.runs_of_sets(run)]).savefig(picture, format="png")
+    report.curves(report.with_sets(run)).savefig(picture, format="png")
     (folder / "curve.png").write_bytes(picture.getvalue())
     each = record["sets"] if len(record["sets"]) > 1 else {}
     for name, found in {**each, record["variant"]: record}.items():

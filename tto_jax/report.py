@@ -115,14 +115,13 @@ def over_sets(per_problem: np.ndarray, number: np.ndarray) -> np.ndarray:
     return np.stack([per_problem[number == i].mean(axis=0) for i in np.unique(number)])
 
 
-def runs_of_sets(run: Run) -> list[Run]:
-    """Each set as if it were a run, for `curves`; none if there is one set only."""
+def with_sets(run: Run) -> list[Run]:
+    """For `curves`: the run, or where it has several sets their mean and each of them as if it were a run."""
     if len(run.set_names) == 1:
-        return []
-    return [
-        dataclasses.replace(run, name=name, variant=name, results=run.results | run.results["sets"][name])
-        for name in run.set_names
-    ]
+        return [run]
+    each = {name: run.results | run.results["sets"][name] for name in run.set_names}
+    shown = {"mean over sets": run.results} | each
+    return [dataclasses.replace(run, name=name, variant=name, results=results) for name, results in shown.items()]
 
 
 def _mismatch(a: Run, b: Run) -> str | None:

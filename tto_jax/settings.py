@@ -106,9 +106,9 @@ class Settings:
         rows, micro = self.rows // self.minibatches, max(self.loss.micro_rows, 1)
         if self.problems % shards or rows % (shards * micro):
             raise ValueError(
-                f"rollout.problems={self.problems} and the {rows} rows of a minibatch must be multiples of {shards} and "
-                f"{shards * micro}: mesh {dict(mesh.shape)} splits rows into {shards} parts over data and fsdp, each of "
-                f"which computes learner.micro_rows={micro} at a time; choose multiples, or put more devices on tensor"
+                f"rollout.problems={self.problems} and the {rows} rows of a minibatch must be multiples of {shards} "
+                f"and {shards * micro}: mesh {dict(mesh.shape)} splits rows into {shards} parts over data, fsdp; each "
+                f"computes learner.micro_rows={micro} at a time; choose multiples, or put more devices on tensor"
             )
 
     def kv_bytes(self) -> int:

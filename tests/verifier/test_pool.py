@@ -1,6 +1,7 @@
 """Real worker processes, and every way in which a comparison can go wrong."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import throughput
 
+from tto_jax import bench_grading
 from tto_jax.verifier import pool as pool_module
 from tto_jax.verifier.pool import Pool, Verdict
 
@@ -349,6 +350,12 @@ def test_from_a_program_with_jax_and_threads():
     assert done.stdout.strip() == str([[True, False]] * 3), done.stderr
 
 
+def references_of(folder):
+    """The answers of MATH's training problems."""
+    records = json.loads((folder / "deepscaler" / "train" / "math.json").read_text())
+    return [record["answer"] for record in records if record["answer"]]
+
+
 REFERENCES = [
     r"\frac{12}{13}",
     "-27",
@@ -364,30 +371,32 @@ REFERENCES = [
 
 
 def test_a_step_is_graded_alike_with_hostile_answers_in_it():
-    plain = throughput.workload(REFERENCES, seed=3, problems=8, answers=64)
-    hostile = throughput.workload(REFERENCES, seed=3, problems=8, answers=64, hostile=6)
+    plain = bench_grading.workload(REFERENCES, seed=3, problems=8, answers=64)
+    hostile = bench_grading.workload(REFERENCES, seed=3, problems=8, answers=64, hostile=6)
     replaced = [a != b for a, b in zip(plain, hostile)]
     assert sum(replaced) == 6
     with Pool(2, cpu_seconds=1.0) as pool:
         expected, verdicts = pool.judge(plain), pool.judge(hostile)
     for item, verdict, other, hidden in zip(plain, verdicts, expected, replaced):
         assert not verdict.correct if hidden else verdict == other
-        assert other.correct or hidden or item[0] not in throughput.spellings(*item[1])
+        assert other.correct or hidden or item[0] not in bench_grading.spellings(*item[1])
         assert other.how in ("text", "symbolic")
     assert 0.2 < sum(verdict.correct for verdict in expected) / len(plain) < 0.65
 
 
 def test_a_step_of_real_answers_in_time(real_data):
     """8,192 answers of MATH; what is right by construction is judged right, and again from memory."""
-    references = throughput.references_of(real_data)
-    items = throughput.workload(references, seed=0)
+    references = references_of(real_data)
+    items = bench_grading.workload(references, seed=0)
     used = cpu_seconds()
     with Pool() as pool:
         verdicts = pool.judge(items)
         assert pool.judge(items) == verdicts
     assert len(items) == 8192
     assert cpu_seconds() - used < 20  # not of the wall clock: other tests may run beside this one
-    assert all(verdict.correct for item, verdict in zip(items, verdicts) if item[0] in throughput.spellings(*item[1]))
+    assert all(
+        verdict.correct for item, verdict in zip(items, verdicts) if item[0] in bench_grading.spellings(*item[1])
+    )
 
 
 def cpu_seconds() -> float:
@@ -397,8 +406,8 @@ def cpu_seconds() -> float:
 
 
 def test_every_spelling_of_real_answers_is_right(real_data):
-    references = throughput.references_of(real_data)[::10]
-    items = [(spelling, (reference,)) for reference in references for spelling in throughput.spellings(reference)]
+    references = references_of(real_data)[::10]
+    items = [(spelling, (reference,)) for reference in references for spelling in bench_grading.spellings(reference)]
     with Pool() as pool:
         wrongly = [item for item, verdict in zip(items, pool.judge(items)) if not verdict.correct]
     assert len(items) > 1500 and wrongly == []

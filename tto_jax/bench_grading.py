@@ -1,20 +1,14 @@
-"""How fast answers are graded: `python tests/verifier/throughput.py FOLDER`, which holds deepscaler/train/math.json.
+"""What the grading of a step is measured on: answers as a rollout has them.
 
 The workload has the size of one training step, 64 problems x 8 traces x 4 budgets x 4 answers, and the repetition of
 real groups: most answers of a problem are one of a few spellings of the right value or one of a few popular mistakes.
 """
 
-import argparse
-import collections
-import json
 import random
 import re
-import resource
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from tto_jax.verifier.pool import Pool
+from tto_jax.verifier import equality
 
 Item = tuple[str, tuple[str, ...]]  # (answer, its references), what Pool.judge takes
 
@@ -114,50 +108,30 @@ def hostile_answer(rng: random.Random) -> str:
     )
 
 
-def measure(calls: dict[str, Sequence[Item]], workers: int | None = None) -> dict[str, dict[str, float]]:
-    """Judges each named batch in turn in one pool: wall and CPU seconds, kinds of verdicts."""
-    figures = {}
-    with Pool(workers) as pool:
-        for name, items in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            verdicts = pool.judge(items)
-            figures[name] = {
-                "wall s": round(time.perf_counter() - wall, 2),
-                "CPU s here": round(time.process_time() - cpu, 2),
-                "answers": len(items),
-                "distinct": len(set(items)),
-                "right": sum(verdict.correct for verdict in verdicts),
-                **collections.Counter(verdict.how for verdict in verdicts),
-            }
-    return figures
+def made_references(seed: int, number: int) -> list[str]:
+    """Right answers in the forms of MATH: integers and fractions mostly; radicals, pairs, intervals, polynomials."""
+    rng = random.Random(seed)
+    forms = (
+        (8, "{a}"),
+        (4, r"\frac{{{a}}}{{{b}}}"),
+        (2, r"{a}\sqrt{{{b}}}"),
+        (1, r"({a}, {b})"),
+        (1, r"[{a}, \infty)"),
+        (1, r"{a}x^2 - {b}x + {c}"),
+        (1, r"\frac{{{a}\pi}}{{{b}}}"),
+        (1, r"{a}^\circ"),
+    )
+    chosen = rng.choices([form for _, form in forms], [weight for weight, _ in forms], k=number)
+    return [form.format(a=rng.randrange(1, 200), b=rng.randrange(2, 30), c=rng.randrange(1, 50)) for form in chosen]
 
 
-def references_of(folder: Path) -> list[str]:
-    """The answers of MATH's training problems."""
-    records = json.loads((folder / "deepscaler" / "train" / "math.json").read_text())
-    return [record["answer"] for record in records if record["answer"]]
+def judge_alone(items: Sequence[Item]) -> list[bool]:
+    """The same comparison in this process, every answer by itself: what the pool is measured beside."""
+    return [any(_equal(answer, reference) for reference in references) for answer, references in items]
 
 
-def main() -> None:
-    """Prints the figures of a first call (workers start), the same again, other steps, one with hostile answers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--workers", type=int)
-    arguments = parser.parse_args()
-    references = references_of(arguments.folder)
-    first = workload(references, seed=0)
-    calls = {
-        "first": first,
-        "the same again": first,
-        "another step": workload(references, seed=1),
-        "and another": workload(references, seed=2),
-        "with 16 hostile": workload(references, seed=3, hostile=16),
-    }
-    for name, figures in measure(calls, arguments.workers).items():
-        print(f"{name:>16}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{'all workers':>16}: CPU s {used.ru_utime + used.ru_stime:.1f}")
+def _equal(answer, reference):
+    from tto_jax.verifier import symbolic
 
-
-if __name__ == "__main__":
-    main()
+    decided = equality.decide(answer, reference)
+    return symbolic.equal(answer, reference) if decided is None else decided
