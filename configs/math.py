@@ -17,5 +17,6 @@ def get_config(variant: str = "brpo") -> ConfigDict:
         raise ValueError(f"variant {variant!r}: choose one of {tuple(common.ALGORITHMS)}")
     config = common.pretrained(variant, variant, budgets=(1024, 2048, 3072, 4096))
     config.steps = 100
+    config.evaluation.budgets = tuple(4096 * i // 32 for i in range(1, 33))
     config.learner.tokens_per_row = 4096
     return config.lock()

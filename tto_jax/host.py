@@ -12,7 +12,10 @@ import jax
 from absl import logging
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
-_PACKAGES = ("tto-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = (
+    *("tto-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers"),
+    *("latex2sympy2-extended", "sympy"),
+)
 
 
 def set_up() -> None:

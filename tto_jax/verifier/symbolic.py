@@ -1,4 +1,4 @@
-r"""Whether two expressions or equations are equal, by sympy on trees that math-verify's LaTeX reader makes.
+r"""Whether two expressions or equations are equal, by sympy on trees made by the LaTeX reader of math-verify.
 
 To be run where it can be killed: parsing and arithmetic are bounded here as far as text and tree show it, but a library
 may still hang on what nobody thought of. Nothing reaches `eval`, `exec` or sympy's parser of Python expressions: texts
