@@ -16,13 +16,15 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     "tto_jax.kernels": 1,
     "tto_jax.tasks": 1,
     "tto_jax.verifier": 1,
+    "tto_jax.hlo_cost": 1,
+    "tto_jax.tpu_chips": 1,
     "tto_jax.models": 2,
     "tto_jax.sharding": 2,
     "tto_jax.rollout": 3,
     "tto_jax.learner": 3,
     **dict.fromkeys((f"tto_jax.{name}" for name in ("tokenizer", "grading", "data", "checkpoint", "metrics")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("evaluation", "diagnostics", "settings", "warm_start", "host")), 4),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("completions", "summary", "comparison")), 4),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("aot", "completions", "summary", "comparison")), 4),
     **dict.fromkeys(
         (
             f"tto_jax.{name}"
@@ -38,7 +40,7 @@ ONLY = {  # what these may import beside the standard library
     "tto_jax.core": ("jax", "numpy", "chex", "tto_jax.core"),
     "tto_jax.kernels": ("jax", "numpy", "chex", "tto_jax.core", "tto_jax.kernels"),
     "tto_jax.tasks": ("numpy", "tto_jax.tasks"),
-    "tto_jax.verifier": ("math_verify", "latex2sympy2_extended", "sympy", "tto_jax.verifier"),
+    "tto_jax.verifier": ("latex2sympy2_extended", "sympy", "tto_jax.verifier"),
 }
 
 

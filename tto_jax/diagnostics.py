@@ -1,19 +1,22 @@
 """What a training step says of itself: numbers for metrics.jsonl and traces in readable text. On the host, in numpy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tto_jax.core import anytime
-from tto_jax.core.types import Answers, Credit, Scores, Traces
+from tto_jax.core.types import Answers, Array, Credit, Scores, TokenTree, Traces
 from tto_jax.settings import Settings
 
 
-def rollout_metrics(scores: Scores, traces: Traces, forks: np.ndarray, budgets: np.ndarray) -> dict:
+def rollout_metrics(
+    scores: Scores, length: np.ndarray, ended: np.ndarray, forks: np.ndarray, budgets: np.ndarray
+) -> dict:
     """Scores, format, unfinished, overthinking at every budget; length by correctness; groups without signal."""
     forks = forks.reshape(scores.correct.shape[:3])
     overthinking = jax.device_get(_overthinking_rate(scores.correct, forks))
-    length = traces.length.reshape(forks.shape[:2])
-    finished = (traces.ended.reshape(forks.shape[:2]))[..., None] & (length[..., None] <= budgets)
+    length = length.reshape(forks.shape[:2])
+    finished = (ended.reshape(forks.shape[:2]))[..., None] & (length[..., None] <= budgets)
     row = {}
     for s, budget in enumerate(budgets):
         row[f"score/{budget}"] = scores.correct[:, :, s].mean()
@@ -54,15 +57,27 @@ def credit_metrics(credit: Credit, baselines: dict[str, np.ndarray]) -> dict:
     return row
 
 
-def token_metrics(loss_mask, branch, sampler, trainer, entropy) -> dict:
-    """Gap between the sampler's and the trainer's log-probs, entropy of thinking and of answers (nats a token)."""
-    gap = np.abs(sampler - trainer)[loss_mask]
+@jax.jit
+def token_metrics(rows: TokenTree, trainer: Array, entropy: Array) -> dict:
+    """Gap between the sampler's and the trainer's log-probs, entropy of thinking and of answers (nats a token).
+
+    On the device: [N,L] arrays do not leave it. NaN where there is no token.
+    """
+    mask = rows.loss_mask
+    gap = jnp.abs(rows.sampler_logprob - trainer)
+    mean = lambda x, where: jnp.mean(x, where=where)  # noqa: E731
     return {
-        "logprob_gap/mean": gap.mean(),
-        "logprob_gap/max": gap.max(),
-        "entropy/thinking": _mean(entropy[loss_mask & (branch == 0)]),
-        "entropy/answers": _mean(entropy[loss_mask & (branch > 0)]),
+        "logprob_gap/mean": mean(gap, mask),
+        "logprob_gap/max": jnp.max(gap, where=mask, initial=0.0),
+        "entropy/thinking": mean(entropy, mask & (rows.branch == 0)),
+        "entropy/answers": mean(entropy, mask & (rows.branch > 0)),
+        "tokens": mask.sum(),
     }
+
+
+def known(metrics: dict) -> dict:
+    """Numbers, None for those that are NaN."""
+    return {name: float(value) if np.isfinite(value) else None for name, value in metrics.items()}
 
 
 def update_metrics(updates: list[dict]) -> dict:

@@ -111,7 +111,7 @@ def default_rows(settings: Settings, options: Options) -> int:
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
     scores = 4 * model.num_heads * max(size * trunk, settings.prompt_pad**2)
-    device = jax.devices()[0].memory_stats() or {}
+    device = jax.local_devices()[0].memory_stats() or {}
     memory = device.get("bytes_limit", UNKNOWN_MEMORY) // 2
     return int(np.clip(memory // (kv + 3 * 4 * size * model.vocab_size + scores), 1, MOST_ROWS))
 
@@ -188,7 +188,7 @@ def _sample(settings, config, params, chosen, part, batch_size, options) -> list
     batch = next(
         data.evaluation_batches(chosen, settings.tokenizer, sharding.whole_rows(batch_size), settings.prompt_pad)
     )
-    prompts = sharding.put_rows(batch.prompts)
+    prompts = sharding.put(batch.prompts, sharding.ROWS)  # every process has the whole batch
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
     schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
     traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, part.traces.start)
@@ -196,7 +196,9 @@ def _sample(settings, config, params, chosen, part, batch_size, options) -> list
     answers = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
     # Part of the traces only where there is one problem: what fills the rollout is at its end.
     number = len(chosen) * len(part.traces)
-    traces, forks, answers = jax.tree.map(lambda x: x[:number], jax.device_get((traces, forks, answers)))
+    traces, forks, answers = jax.tree.map(
+        lambda x: x[:number], sharding.gather(sharding.local_rows((traces, forks, answers)))
+    )
     graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
     length = np.repeat(batch.prompts.length[: len(chosen)], len(part.traces))
     return completions.lines(settings.tokenizer, _names(part, chosen), length, traces, forks, answers, graded)

@@ -85,7 +85,8 @@ def pretrained_params(
 ) -> Params:
     """The pretrained parameters on the mesh; the workdir gets the model's small files: it can be exported by itself."""
     start = pretrained.find(config.init)
-    pretrained.copy_small_files(start, workdir / "hf")
+    if jax.process_index() == 0:
+        pretrained.copy_small_files(start, workdir / "hf")
     if mesh is None:
         return start.load(model)
     return start.load(model, sharding.shardings(mesh, hf_weights.abstract_params(model), model.num_kv_heads))

@@ -5,6 +5,7 @@ device does with its own rows and heads alone). Without a mesh in context they d
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,7 +64,18 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    _check_processes(grid)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_processes(grid):
+    """The rows of a process are graded there: it must own whole, consecutive parts of them."""
+    owners = np.vectorize(lambda device: device.process_index)(grid).reshape(-1, grid.shape[2])
+    if (owners != owners[:, :1]).any() or (np.diff(owners[:, 0]) < 0).any():
+        raise ValueError(
+            f"mesh={grid.shape}: tensor={grid.shape[2]} must lie within a process, which has "
+            f"{len(jax.local_devices())} devices; processes along the rows are {owners.tolist()}"
+        )
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -184,8 +196,35 @@ def put(tree: Any, *axes: Any) -> Any:
 
 
 def put_rows(tree: Any) -> Any:
-    """`put` with the first dimension split over the row axes."""
-    return put(tree, ROWS)
+    """Host arrays on the devices, the first dimension split over the row axes: each process gives its own rows."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or jax.process_count() == 1:
+        return put(tree, ROWS)
+    place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, P(ROWS)))
+    with jax.transfer_guard("allow"):  # this transfer is meant, but jax counts it among those that are not
+        return jax.tree.map(lambda x: place(np.asarray(x)), tree)
+
+
+def local_rows(tree: Any) -> Any:
+    """The rows that lie on this process, in order, as host arrays."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(_local, _split_rows(tree))
+
+
+def _split_rows(tree):
+    mesh = jax.sharding.get_mesh()
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P(ROWS)))(tree)
+
+
+def _local(x):
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[begin]) for begin in sorted(parts)])
+
+
+def gather(tree: Any) -> Any:
+    """Rows of all processes in order, as host arrays, on every process. tree: this process's rows as host arrays."""
+    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def whole_rows(number: int) -> int:

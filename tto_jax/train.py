@@ -18,6 +18,7 @@ from tto_jax import (
     checkpoint,
     data,
     diagnostics,
+    distributed,
     evaluation,
     grading,
     host,
@@ -44,6 +45,7 @@ def main(argv):
     """The page."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option is a flag, such as --config.steps=10")
+    distributed.initialize()
     host.set_up()
     config = _CONFIG.value
     if _WARM_START_ONLY.value and inputs.is_pretrained(config):
@@ -51,9 +53,9 @@ def main(argv):
             "--warm_start_only: this experiment starts from a pretrained model, there is no warm start"
         )
     plan = settings.build(config, need_model=not _DRY_RUN.value)
-    print(describe(plan), flush=True)
+    say(describe(plan))
     if _DRY_RUN.value:
-        print(config)
+        say(str(config))
         return
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
@@ -69,11 +71,14 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
 
     # The devices, the problems, and those that are held out.
     mesh = sharding.mesh_of(plan.mesh)
+    say(distributed.banner(mesh))
+    distributed.check_same({"configuration": config.to_json(sort_keys=True), "code": host.commit()})
     plan.check_rows(mesh)
     plan = plan.on(mesh)
     found = inputs.training_problems(config, plan.task, plan.tokenizer)
-    print(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
-    batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed)
+    say(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
+    shard = jax.process_index(), jax.process_count()  # a problem's rows live on one process
+    batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed, shard)
     held_out = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     # Whatever ends the loop, a save in flight is finished first.
     saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -119,7 +124,7 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                 del weights, trunk  # the update needs the room
 
                 # Grade on the host, turn scores into credit, pack trees.
-                seen = jax.device_get((traces, forks, answers))
+                seen = sharding.local_rows((traces, forks, answers))
                 graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
                 scores = graded.scores
                 clock.mark("grade")
@@ -142,19 +147,23 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                     state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
                     updates.append(update)
                 clock.mark("update", state)
-                updates, earned, baselines, tokens = jax.device_get(
-                    (updates, earned, baselines, (rows.loss_mask, rows.branch, rows.sampler_logprob, old, entropy))
-                )
+                updates, token_metrics = jax.device_get((updates, diagnostics.token_metrics(rows, old, entropy)))
+                local = sharding.local_rows((earned, baselines))
 
-            # Say what happened.
-            totals = {"tokens": totals["tokens"] + int(tokens[0].sum()), "seconds": totals["seconds"] + clock.total()}
-            row = diagnostics.rollout_metrics(scores, seen[0], seen[1], np.asarray(plan.schedule.tokens))
-            row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.token_metrics(*tokens)
-            row |= diagnostics.update_metrics(updates) | graded.counts() | totals | clock.seconds()
+            # Say what happened, on all processes together.
+            earned, baselines = sharding.gather(local)
+            everywhere = sharding.gather((scores, seen[0].length, seen[0].ended, seen[1]))
+            counts = sharding.gather({name: np.array([number]) for name, number in graded.counts().items()})
+            sampled = int(token_metrics.pop("tokens"))
+            totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
+            row = diagnostics.rollout_metrics(*everywhere, np.asarray(plan.schedule.tokens))
+            row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
+            row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
+            row |= totals | clock.seconds()
             writer.write(step, row)
             progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
             if step % config.log.samples_every == 0:
-                shown = diagnostics.samples(plan, batch.problems, *seen, scores, earned, count=config.log.samples)
+                shown = diagnostics.samples(plan, batch.problems, *seen, scores, local[0], count=config.log.samples)
                 writer.write_samples(step, shown)
             if step % config.evaluation.every == 0:
                 evaluate_row(config, plan, held_out, state.params, writer, step, totals)
@@ -163,6 +172,12 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                 saved.save(step, state, host_state(batches, found, totals))
         progress.close()
         writer.close()
+
+
+def say(text: str) -> None:
+    """A line for the reader, from process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def host_state(batches, found, totals) -> dict:
@@ -267,4 +282,4 @@ def describe(plan: Settings) -> str:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(distributed.ends_all(main))
