@@ -32,6 +32,7 @@ from tto_jax import (
     pretrained,
     report,
     settings,
+    sharding,
     summary,
     warm_start,
 )
@@ -54,6 +55,7 @@ _SEED = flags.DEFINE_integer("seed", None, "Of the sampled traces and answers; d
 _PROBLEMS = flags.DEFINE_integer(
     "problems", None, "Problems of each set; default: evaluation.final_problems.", lower_bound=1
 )
+_MESH = flags.DEFINE_list("mesh", None, "Devices along data,fsdp,tensor; default: as the configuration says.")
 _ROWS = flags.DEFINE_integer(
     "rows",
     None,
@@ -84,18 +86,21 @@ def main(argv):
     subject = requested()
     config = subject.config
     plan = settings.build(config)
+    mesh = sharding.mesh_of(plan.mesh)
+    plan = plan.on(mesh)
     rows = _ROWS.value or 0
     options = evaluation.Options.from_config(config.evaluation, rows)
     limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
     sets = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     for name, found in sets.items():
         print(f"{name}: {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
-    params, step = load(subject, plan)
+    params, step = load(subject, plan, mesh)
     folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
     options = dataclasses.replace(options, rows=rows or kept_rows(folder) or evaluation.default_rows(plan, options))
     problems = {name: found.problems for name, found in sets.items()}
     completions.claim(folder, completions.identity(plan, params, problems, options, config.task.to_dict()))
-    results = sample(plan, params, sets, options, folder)
+    with sharding.use(mesh):
+        results = sample(plan, params, sets, options, folder)
     record = summary.summarize(results, options.budgets, options.seed, tuple(limits))
     for name, found in sets.items():
         record["sets"][name]["dropped"] = found.dropped
@@ -134,6 +139,14 @@ def numbers(name: str, given: list[str] | None) -> list[int] | None:
     return found or None
 
 
+def mesh_flag() -> tuple[int, ...]:
+    """--mesh as numbers; a run's own mesh may be of other machines."""
+    try:
+        return sharding.check_shape([int(size) for size in _MESH.value])
+    except ValueError as error:
+        raise app.UsageError(f"--mesh={','.join(_MESH.value)}: give three sizes, such as 1,-1,1 ({error})") from error
+
+
 def requested() -> Subject:
     """The configuration that the flags name, with this evaluation's options."""
     workdir = epath.Path(_WORKDIR.value) if _WORKDIR.value else None
@@ -155,6 +168,8 @@ def requested() -> Subject:
     elif _DATA.value:
         raise app.UsageError("--data: this run's problems are made by its task; choose their number with --problems")
     override(config.evaluation)
+    if _MESH.value:
+        config.mesh = mesh_flag()
     if workdir is None:  # nothing is trained: training's budgets must not have to fit the model
         with config.budgets.ignore_type():
             config.budgets.update({"tokens": tuple(config.evaluation.budgets), "prior": "uniform"})
@@ -187,16 +202,18 @@ def override(wanted: ConfigDict) -> None:
         wanted.update({name: value for name, value in given.items() if value is not None})
 
 
-def load(subject: Subject, plan: settings.Settings):
-    """(parameters, step): of a checkpoint, of the warm start, or of a model without a run."""
-    config, workdir = subject.config, subject.workdir
+def load(subject: Subject, plan: settings.Settings, mesh):
+    """(parameters on the mesh, step): of a checkpoint, of the warm start, or of a model without a run."""
+    config, workdir, kv_heads = subject.config, subject.workdir, plan.model.num_kv_heads
+    like = jax.eval_shape(lambda: decoder.init_params(plan.model, 0))
     if workdir is None:
-        return pretrained.find(config.init).load(plan.model), 0
+        layout = None if mesh is None else sharding.shardings(mesh, like, kv_heads)
+        return pretrained.find(config.init).load(plan.model, layout), 0
     if _WARM_START.value:
-        return warm_start.get(config, plan, workdir), 0
+        return sharding.place(mesh, warm_start.get(config, plan, workdir), kv_heads), 0
     if not (workdir / "checkpoints").exists():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
-    like = jax.eval_shape(lambda: decoder.init_params(plan.model, 0))
+    like = sharding.abstract(mesh, like, kv_heads)
     return checkpoint.restore_params(workdir / "checkpoints", like, _STEP.value)
 
 
