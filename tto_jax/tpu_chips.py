@@ -22,8 +22,8 @@ class Chip:
     dcn_bandwidth: float  # bytes a second that it sends to other slices
 
 
-# Compute, HBM and ICI: https://docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e, read in November 2026. ICI is given there
-# in both directions together: here half of it. DCN is the pod's over its 256 chips (v5e 6.4, v6e 25.6 Tbit/s), for v5p
+# Source: https://docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e, read in November 2026. ICI is given there in both
+# directions together: here half of it. DCN is the pod's over its 256 chips (v5e 6.4, v6e 25.6 Tbit/s), and for v5p
 # 50 Gbit/s a chip. HBM is what libtpu 0.0.51 says is available when a program does not fit, of 16, 95 and 32 GB.
 CHIPS = {
     chip.name: chip
@@ -36,7 +36,7 @@ CHIPS = {
 
 
 def of(topology: str) -> Chip:
-    """The chip of a topology such as v5e:8x8. Raises ValueError for a name that is none, or a chip that is not known."""
+    """The chip of a topology such as v5e:8x8. Raises ValueError for a name that is none, or another chip."""
     found = TOPOLOGY.fullmatch(topology)
     if not found or found.group(1) not in CHIPS:
         raise ValueError(
