@@ -144,7 +144,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "temperature": 1.0,
                 "seed": 0,
             },
-            "checkpoint": {"every": 20, "keep": 2},
+            "checkpoint": {"every": 20, "keep": 2, "keep_every": 0},
             "log": {"samples_every": 20, "samples": 4},
         }
     )

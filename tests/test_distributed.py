@@ -155,6 +155,7 @@ def test_different_configurations_are_refused(folder, arguments):
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0], ids=["worker", "coordinator"])
 def test_a_lost_process_ends_the_others(folder, arguments, lost):
     """SIGKILL in the middle of a run: the others end within 60 s; the job then goes on from its last checkpoint."""

@@ -24,7 +24,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     "tto_jax.learner": 3,
     **dict.fromkeys((f"tto_jax.{name}" for name in ("tokenizer", "grading", "data", "checkpoint", "metrics")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("evaluation", "diagnostics", "settings", "warm_start", "host")), 4),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("aot", "completions", "summary", "comparison")), 4),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("aot", "completions", "summary", "comparison", "preemption")), 4),
     **dict.fromkeys(
         (
             f"tto_jax.{name}"

@@ -136,6 +136,7 @@ def evaluate(
     *,
     folder: epath.Path | None = None,
     on_part: Callable[[int, float], None] = lambda traces, accuracy: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Samples and scores `options.traces` traces of every problem, `options.answers` answers of each at every budget.
 
@@ -146,6 +147,7 @@ def evaluate(
       options: what is sampled.
       folder: where the completions are kept. Parts that are there are read back, not sampled again.
       on_part: called after every part with its number of traces and its accuracy at the last budget.
+      poll: called between the segments of a rollout and after every part; what it raises ends the evaluation.
 
     Returns:
       The scores: the same, to the bit, whether parts were read back or not.
@@ -172,7 +174,7 @@ def evaluate(
             columns = completions.columns(kept)
         else:
             begin = time.perf_counter()
-            fresh = _sample(settings, config, params, chosen, part, len(plan[0].problems), options)
+            fresh = _sample(settings, config, params, chosen, part, len(plan[0].problems), options, poll)
             columns = completions.columns(fresh)
             seconds += time.perf_counter() - begin
             new_tokens += int(columns["length"].sum() + columns["answer_length"].sum())
@@ -180,10 +182,11 @@ def evaluate(
                 completions.write(path, fresh)
         found.append(columns)
         on_part(len(columns["id"]), float(columns["correct"][:, -1].mean()))
+        poll()
     return _assemble(found, len(problems), seconds, new_tokens)
 
 
-def _sample(settings, config, params, chosen, part, batch_size, options) -> list[dict]:
+def _sample(settings, config, params, chosen, part, batch_size, options, poll) -> list[dict]:
     """The lines of one part. The rollout may have more rows: repeated problems or traces that only fill it."""
     batch = next(
         data.evaluation_batches(chosen, settings.tokenizer, sharding.whole_rows(batch_size), settings.prompt_pad)
@@ -191,7 +194,7 @@ def _sample(settings, config, params, chosen, part, batch_size, options) -> list
     prompts = sharding.put(batch.prompts, sharding.ROWS)  # every process has the whole batch
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
     schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
-    traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, part.traces.start)
+    traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, part.traces.start, poll)
     forks = rollout.cut(traces.length, schedule)
     answers = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
     # Part of the traces only where there is one problem: what fills the rollout is at its end.

@@ -1,12 +1,17 @@
-"""A run's numbers: `metrics.jsonl`, `samples.jsonl` with a readable `samples.txt`, TensorBoard, and a progress line."""
+"""A run's numbers: `metrics.jsonl`, `samples.jsonl` with a readable `samples.txt`, TensorBoard, and a progress line.
+
+On object stores, where nothing can be appended to, each of the three is a folder of parts that are written once.
+"""
 
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
+import absl.logging
 import jax
 import numpy as np
 from etils import epath
@@ -46,10 +51,11 @@ def _line(step: int, row: dict) -> str:
 
 
 def _parse(path: epath.Path) -> list[tuple[str, dict]]:
-    """The lines of a .jsonl file with what they say; a last line that a kill has cut short is left out."""
+    """The lines of a .jsonl file, or of its parts, with what they say; a last line that was cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    texts = [part.read_text() for part in _parts(path)] if path.is_dir() else [path.read_text()]
+    lines = "".join(texts).splitlines()
     rows = []
     for i, line in enumerate(lines):
         try:
@@ -65,8 +71,12 @@ def _parse(path: epath.Path) -> list[tuple[str, dict]]:
     return rows
 
 
+def _parts(folder: epath.Path) -> list[epath.Path]:
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: path.name)
+
+
 def read_rows(workdir: epath.PathLike) -> list[dict]:
-    """The rows of `workdir/metrics.jsonl`, in order; [] if there is none. Raises ValueError on a broken line inside."""
+    """The rows of `workdir/metrics.jsonl` in order; [] if there is none. Raises ValueError on a broken line inside."""
     return [row for _, row in _parse(epath.Path(workdir) / "metrics.jsonl")]
 
 
@@ -87,54 +97,65 @@ def _readable(row: dict) -> str:
     return "\n".join(parts) + "\n\n"
 
 
-class _LineFile:
-    """A text file that grows: appended to where that is possible, else kept in memory and rewritten by `flush`."""
+class _File:
+    """A text that grows by entries, on a disk: a file that is appended to."""
 
     def __init__(self, path: epath.Path, kept: list[str]):
-        self.path, self._dirty = path, False
-        text = "".join(kept)
+        self.count, text = len(kept), "".join(kept)
         if path.exists() and path.read_text() != text:
-            if _is_local(path):
-                temporary = path.parent / (path.name + ".tmp")
-                temporary.write_text(text)
-                temporary.replace(path)
-            else:
-                path.write_text(text)
-        self._kept = None if _is_local(path) else list(kept)
-        self._file: TextIO | None = path.open("a") if _is_local(path) else None
+            temporary = path.parent / (path.name + ".tmp")
+            temporary.write_text(text)
+            temporary.replace(path)
+        self._file: TextIO = path.open("a")
 
     def add(self, text: str) -> None:
-        if self._file is not None:
-            self._file.write(text)
-            self._file.flush()
-        else:
-            self._kept.append(text)
-            self._dirty = True
+        self._file.write(text)
+        self._file.flush()
+        self.count += 1
 
     def flush(self) -> None:
-        if self._dirty:
-            self.path.write_text("".join(self._kept))
-            self._dirty = False
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+
+
+class _Parts:
+    """The same on an object store: a folder of objects, each named by the number of entries up to its end."""
+
+    def __init__(self, folder: epath.Path, count: int):
+        self.count, self._folder, self._new = count, folder, []
+        for part in _parts(folder) if folder.exists() else ():
+            if int(part.name) > self.count:
+                part.unlink()
+
+    def add(self, text: str) -> None:
+        self._new.append(text)
+        self.count += 1
+
+    def flush(self) -> None:
+        if self._new:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{self.count:09d}").write_text("".join(self._new))
+            self._new = []
+
+    def close(self) -> None:
+        pass
 
 
 class MetricsWriter:
     """Writes rows of numbers and samples of text to a workdir; does nothing on processes other than 0.
 
-    On creation every row of a step after `resume_step` is dropped (those steps are about to be run again), as is a last
-    line that was cut short, so that a resumed run has each row once.
+    What was written after the checkpoint from which a run is resumed is dropped on creation (those steps are about to
+    be run again): a resumed run has each row once. A checkpoint holds what `flush` said before it was saved.
     """
 
-    def __init__(self, workdir: epath.PathLike, resume_step: int):
+    def __init__(self, workdir: epath.PathLike, written: Sequence[int] = (0, 0)):
         """Opens the files.
 
         Args:
           workdir: directory, created if absent; a local path or an object store's URL.
-          resume_step: the step of the checkpoint that was restored; -1 for a run that starts from nothing.
+          written: rows and samples that stay, as said by `flush`; none, for a run that starts from nothing.
         """
         self._active = jax.process_index() == 0
         if not self._active:
@@ -142,13 +163,19 @@ class MetricsWriter:
         workdir = epath.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
 
-        def before(name: str) -> list[tuple[str, dict]]:
-            return [(line, row) for line, row in _parse(workdir / name) if row["step"] <= resume_step]
+        def before(name: str, number: int) -> list[tuple[str, dict]]:
+            found = _parse(workdir / name)
+            if len(found) < number:
+                absl.logging.warning("%s has %d entries, not %d: some were lost", workdir / name, len(found), number)
+            return found[:number]
 
-        self._metrics = _LineFile(workdir / "metrics.jsonl", [line for line, _ in before("metrics.jsonl")])
-        samples = before("samples.jsonl")
-        self._samples = _LineFile(workdir / "samples.jsonl", [line for line, _ in samples])
-        self._text = _LineFile(workdir / "samples.txt", [_readable(row) for _, row in samples])
+        def grow(name: str, number: int, kept: list[str]) -> _File | _Parts:
+            return _File(workdir / name, kept) if _is_local(workdir) else _Parts(workdir / name, number)
+
+        rows, samples = before("metrics.jsonl", written[0]), before("samples.jsonl", written[1])
+        self._metrics = grow("metrics.jsonl", written[0], [line for line, _ in rows])
+        self._samples = grow("samples.jsonl", written[1], [line for line, _ in samples])
+        self._text = grow("samples.txt", written[1], [_readable(row) for _, row in samples])
         self._board = None
         if _is_local(workdir):
             try:
@@ -156,7 +183,8 @@ class MetricsWriter:
             except ImportError:
                 pass
             else:
-                self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=resume_step + 1)
+                purge = rows[-1][1]["step"] + 1 if rows else 0
+                self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, row: dict) -> None:
         """Adds the line `{"step": step, **row}`: floats exact, NaN and infinities null, arrays as lists.
@@ -181,17 +209,20 @@ class MetricsWriter:
             self._samples.add(line)
             self._text.add(_readable(json.loads(line)))
 
-    def flush(self) -> None:
-        """On object stores rewrites the files with all rows so far; elsewhere every row is on disk already."""
-        if self._active:
-            for file in (self._metrics, self._samples, self._text):
-                file.flush()
-            if self._board is not None:
-                self._board.flush()
+    def flush(self) -> list[int]:
+        """Puts everything so far on the disk, or on an object store as new parts; returns how many rows and samples."""
+        if not self._active:
+            return [0, 0]
+        for file in (self._metrics, self._samples, self._text):
+            file.flush()
+        if self._board is not None:
+            self._board.flush()
+        return [self._metrics.count, self._samples.count]
 
     def close(self) -> None:
         """Flushes and closes."""
         if self._active:
+            self.flush()
             for file in (self._metrics, self._samples, self._text):
                 file.close()
             if self._board is not None:

@@ -7,6 +7,7 @@ depend on the batch's layout (up to floating-point ties).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,20 +108,29 @@ def row_keys(key: Array, prompts: Prompts, group_size: int, first_trace: Array) 
 
 
 def sample_traces(
-    model: ModelConfig, config: RolloutConfig, params: Params, prompts: Prompts, key: Array, first_trace: int = 0
+    model: ModelConfig,
+    config: RolloutConfig,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    first_trace: int = 0,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[Traces, Trunk]:
     """Think: G traces for each problem, up to `trace_pad` tokens, ended by `</think>` or EOS.
 
     Segments of at most `config.segment` tokens are jitted; between them the host looks whether all traces have ended.
-    Traces are numbered from `first_trace`: many traces of a problem can be sampled in parts.
+    Traces are numbered from `first_trace`: many traces of a problem can be sampled in parts. `poll` is called between
+    segments; what it raises ends the rollout.
     """
     first_trace = sharding.put(np.int32(first_trace))
     state, trunk, keys = _start(model, config, params, prompts, key, first_trace)
     for begin in range(0, config.trace_pad, config.segment):
         end = min(begin + config.segment, config.trace_pad)
         state, done = _think(model, config, params, prompts, trunk, state, keys.thinking, sharding.put(np.int32(end)))
-        if end < config.trace_pad and bool(jax.device_get(done)):
-            break
+        if end < config.trace_pad:
+            if bool(jax.device_get(done)):
+                break
+            poll()
     return state.traces, Trunk(prompts=prompts, prompt_cache=trunk, trace_cache=state.cache, first_trace=first_trace)
 
 

@@ -1,6 +1,7 @@
 """Train: python -m tto_jax.train --config=configs/peak.py:brpo --workdir=DIR [--config.a.b=value] [--dry_run]
 
-One page, in the order in which it runs. A run resumes from its last checkpoint by default.
+One page, in the order in which it runs. A run resumes from its last checkpoint by default; on SIGTERM it saves the last
+whole step and ends.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tto_jax import (
     host,
     inputs,
     learner,
+    preemption,
     rollout,
     settings,
     sharding,
@@ -81,95 +83,113 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
     batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed, shard)
     held_out = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     # Whatever ends the loop, a save in flight is finished first.
-    saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
-    begin, totals = saved.latest_step() or 0, {"tokens": 0, "seconds": 0.0}
-    initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not begin else None
-    with saved, sharding.use(mesh):
+    kept = config.checkpoint
+    saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+    with sharding.use(mesh):
+        like = learner.abstract_state(plan.model, plan.optimizer)
+        resumed = saved.restore_latest(sharding.abstract(mesh, like, plan.model.num_kv_heads))
+    initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
+    with preemption.Notice() as stop, saved, sharding.use(mesh):
         schedule = sharding.put(plan.schedule)
         # The policy: what the last checkpoint holds, or what the run starts from.
         reference = initial if plan.loss.kl else None
-        if begin:
-            like = learner.abstract_state(plan.model, plan.optimizer)
-            state, extra = saved.restore(begin, sharding.abstract(mesh, like, plan.model.num_kv_heads))
-            if extra["problems"] != found.fingerprint:
+        if resumed:
+            done, state, record = resumed
+            if record["problems"] != found.fingerprint:
                 raise ValueError(
-                    f"data.train={config.data.train} has changed since step {begin}: its cursor means others"
+                    f"data.train={config.data.train} has changed since step {done}: its cursor means others"
                 )
-            batches.set_state(extra["cursor"])
-            totals = extra["totals"]
+            batches.set_state(record["cursor"])
         else:  # the state is donated to the update, the reference stays
             initial = jax.tree.map(jnp.copy, initial) if reference else initial
             state = learner.init_state(initial, plan.optimizer, mesh, plan.model.num_kv_heads)
-        del initial
-        writer = MetricsWriter(workdir, resume_step=begin if begin else -1)
-        progress = Progress(plan.steps, initial=begin)
-        if begin == 0:
-            evaluate_row(config, plan, held_out, state.params, writer, 0, totals)
+            done, record = 0, host_record(batches, found, {"tokens": 0, "seconds": 0.0}, evaluated=False)
+        del initial, resumed
+        writer = MetricsWriter(workdir, record["written"])
+        progress = Progress(plan.steps, initial=done)
 
-        for step in range(begin + 1, plan.steps + 1):
-            clock = Clock()
-            batch = next(batches)
-            prompts = sharding.put_rows(batch.prompts)
-            key = sharding.put(jax.random.fold_in(jax.random.key(plan.seed), step))
+        # Outside the update `state` is that of step `done`, and `record` what is saved beside it: a stop keeps the two.
+        try:
+            if not record["evaluated"]:
+                record = evaluate_row(config, plan, held_out, state.params, writer, done, record, stop)
+            # The start, too: a folder that cannot be written to is found out now.
+            saved.save(done, state, record | {"written": writer.flush()})
 
-            # Nothing crosses between host and device but what is named: a transfer by accident is an error.
-            with jax.transfer_guard("disallow"):
-                # Think, cut, answer.
-                weights = rollout.weights(plan.model, state.params)
-                traces, trunk = rollout.sample_traces(plan.model, plan.rollout, weights, prompts, key)
-                forks = rollout.cut(traces.length, schedule)
-                clock.mark("think", traces)
-                answers = rollout.sample_answers(plan.model, plan.rollout, weights, trunk, traces, forks, key)
-                clock.mark("answer", answers)
-                del weights, trunk  # the update needs the room
+            for step in range(done + 1, plan.steps + 1):
+                clock = Clock(stop)
+                batch = next(batches)
+                prompts = sharding.put_rows(batch.prompts)
+                key = sharding.put(jax.random.fold_in(jax.random.key(plan.seed), step))
+                clock.mark("data", prompts)
 
-                # Grade on the host, turn scores into credit, pack trees.
-                seen = sharding.local_rows((traces, forks, answers))
-                graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
-                scores = graded.scores
-                clock.mark("grade")
-                correct = sharding.put_rows(scores.correct)
-                rows, earned, baselines = credit_and_pack(
-                    plan.credit, schedule, prompts, traces, answers, forks, correct
-                )
-                clock.mark("credit", rows)
+                # Nothing crosses between host and device but what is named: a transfer by accident is an error.
+                with jax.transfer_guard("disallow"):
+                    # Think, cut, answer.
+                    weights = rollout.weights(plan.model, state.params)
+                    poll = functools.partial(stop.check, "think")
+                    traces, trunk = rollout.sample_traces(plan.model, plan.rollout, weights, prompts, key, poll=poll)
+                    forks = rollout.cut(traces.length, schedule)
+                    clock.mark("think", traces)
+                    answers = rollout.sample_answers(plan.model, plan.rollout, weights, trunk, traces, forks, key)
+                    clock.mark("answer", answers)
+                    del weights, trunk  # the update needs the room
 
-                # Old log-probs by the trainer, then one optimizer step a minibatch.
-                old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
-                rows = dataclasses.replace(rows, old_logprob=old)
-                if reference is not None:
-                    ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
-                    rows = dataclasses.replace(rows, ref_logprob=ref)
-                clock.mark("score", rows)
-                updates = []
-                for index in range(plan.minibatches):
-                    part = learner.minibatch(rows, plan.minibatches, sharding.put(np.int32(index)))
-                    state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
-                    updates.append(update)
-                clock.mark("update", state)
-                updates, token_metrics = jax.device_get((updates, diagnostics.token_metrics(rows, old, entropy)))
-                local = sharding.local_rows((earned, baselines))
+                    # Grade on the host, turn scores into credit, pack trees.
+                    seen = sharding.local_rows((traces, forks, answers))
+                    graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
+                    scores = graded.scores
+                    clock.mark("grade")
+                    correct = sharding.put_rows(scores.correct)
+                    rows, earned, baselines = credit_and_pack(
+                        plan.credit, schedule, prompts, traces, answers, forks, correct
+                    )
+                    clock.mark("credit", rows)
 
-            # Say what happened, on all processes together.
-            earned, baselines = sharding.gather(local)
-            everywhere = sharding.gather((scores, seen[0].length, seen[0].ended, seen[1]))
-            counts = sharding.gather({name: np.array([number]) for name, number in graded.counts().items()})
-            sampled = int(token_metrics.pop("tokens"))
-            totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
-            row = diagnostics.rollout_metrics(*everywhere, np.asarray(plan.schedule.tokens))
-            row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
-            row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
-            row |= totals | clock.seconds()
-            writer.write(step, row)
-            progress.update(step, {name: row[name] for name in ("score/anytime", "length/mean", "update/grad_norm")})
-            if step % config.log.samples_every == 0:
-                shown = diagnostics.samples(plan, batch.problems, *seen, scores, local[0], count=config.log.samples)
-                writer.write_samples(step, shown)
-            if step % config.evaluation.every == 0:
-                evaluate_row(config, plan, held_out, state.params, writer, step, totals)
-            if step % config.checkpoint.every == 0 or step == plan.steps:
-                writer.flush()
-                saved.save(step, state, host_state(batches, found, totals))
+                    # Old log-probs by the trainer, then one optimizer step a minibatch.
+                    old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
+                    rows = dataclasses.replace(rows, old_logprob=old)
+                    if reference is not None:
+                        ref, _ = learner.score_logprobs(plan.model, plan.loss, reference, rows)
+                        rows = dataclasses.replace(rows, ref_logprob=ref)
+                    clock.mark("score", rows)
+                    updates = []
+                    for index in range(plan.minibatches):
+                        part = learner.minibatch(rows, plan.minibatches, sharding.put(np.int32(index)))
+                        state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
+                        updates.append(update)
+                    clock.mark("update", state, may_stop=False)
+                    updates, token_metrics = jax.device_get((updates, diagnostics.token_metrics(rows, old, entropy)))
+                    local = sharding.local_rows((earned, baselines))
+
+                # Say what happened, on all processes together.
+                earned, baselines = sharding.gather(local)
+                everywhere = sharding.gather((scores, seen[0].length, seen[0].ended, seen[1]))
+                counts = sharding.gather({name: np.array([number]) for name, number in graded.counts().items()})
+                sampled = int(token_metrics.pop("tokens"))
+                totals = record["totals"]
+                totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
+                row = diagnostics.rollout_metrics(*everywhere, np.asarray(plan.schedule.tokens))
+                row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
+                row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
+                row |= totals | clock.seconds()
+                writer.write(step, row)
+                shown = ("score/anytime", "length/mean", "update/grad_norm")
+                progress.update(step, {name: row[name] for name in shown})
+                if step % config.log.samples_every == 0:
+                    shown = diagnostics.samples(plan, batch.problems, *seen, scores, local[0], count=config.log.samples)
+                    writer.write_samples(step, shown)
+                due = step % config.evaluation.every == 0
+                done, record = step, host_record(batches, found, totals, evaluated=not due)
+                stop.check("update")
+                if due:
+                    record = evaluate_row(config, plan, held_out, state.params, writer, step, record, stop)
+                if step % config.checkpoint.every == 0 or step == plan.steps:
+                    saved.save(step, state, record | {"written": writer.flush()})
+                    stop.check("save")
+        except preemption.Stopped as stopped:
+            saved.save(done, state, record | {"written": writer.flush()})
+            saved.wait()
+            say(f"{stopped}: step {done} is saved, the same command goes on from there")
         progress.close()
         writer.close()
 
@@ -180,9 +200,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def host_state(batches, found, totals) -> dict:
-    """What a checkpoint holds beside the state: the data's cursor and what it points into, and the counters."""
-    return {"cursor": batches.get_state(), "problems": found.fingerprint, "totals": totals}
+def host_record(batches, found, totals, evaluated: bool) -> dict:
+    """What a checkpoint holds beside the state: the data's cursor and what it points into, the counters, whether the
+    evaluation of its step is done, and (known when it is saved) how many rows and samples were written.
+    """
+    places = {"cursor": batches.get_state(), "problems": found.fingerprint}
+    return places | {"totals": totals, "evaluated": evaluated, "written": [0, 0]}
 
 
 def initial_params(config, plan: Settings, workdir: epath.Path, mesh):
@@ -214,15 +237,16 @@ def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
     return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
 
 
-def evaluate_row(config, plan, held_out, params, writer, step, totals) -> None:
+def evaluate_row(config, plan, held_out, params, writer, step, record, stop) -> dict:
     """A small evaluation as a row of its own kind: accuracy at budgets against steps and sampled tokens.
 
-    With several sets, `eval/NAME/...` of each and `eval/...`, the mean over them.
+    With several sets, `eval/NAME/...` of each and `eval/...`, the mean over them. Returns the record, evaluated.
     """
     options, rows = evaluation.Options.from_config(config.evaluation), {}
     for name, found in held_out.items():
         if len(found.problems):
-            result = evaluation.evaluate(plan, params, found.problems, options)
+            poll = functools.partial(stop.check, "evaluation")
+            result = evaluation.evaluate(plan, params, found.problems, options, poll=poll)
             accuracy = result.correct.mean(axis=(0, 1, 3))
             rows[name] = {
                 "anytime": accuracy.mean(),
@@ -233,21 +257,24 @@ def evaluate_row(config, plan, held_out, params, writer, step, totals) -> None:
     if rows:
         mean = {f"eval/{key}": np.mean([row[key] for row in rows.values()], axis=0) for key in rows[next(iter(rows))]}
         each = {f"eval/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
-        writer.write(step, mean | (each if len(rows) > 1 else {}) | totals)
+        writer.write(step, mean | (each if len(rows) > 1 else {}) | record["totals"])
+    return record | {"evaluated": True}
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of a step; where one ends, the step may be given up for a stop."""
 
-    def __init__(self):
+    def __init__(self, stop: preemption.Notice):
         self._begin = self._last = time.perf_counter()
-        self._phases = {}
+        self._phases, self._stop = {}, stop
 
-    def mark(self, phase: str, result=None) -> None:
+    def mark(self, phase: str, result=None, may_stop: bool = True) -> None:
         """End a phase, once its result is there."""
         jax.block_until_ready(result)
         now = time.perf_counter()
         self._phases[phase], self._last = now - self._last, now
+        if may_stop:
+            self._stop.check(phase)
 
     def total(self) -> float:
         """Since the step began."""

@@ -1,0 +1,242 @@
+"""The trainer's jitted functions, compiled for a mesh whose devices need not be there.
+
+What is compiled is what a step of `train` calls, with the shapes and layouts it would have; nothing is computed.
+"""
+
+import dataclasses
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tto_jax import hlo_cost, learner, rollout, sharding, tpu_chips
+from tto_jax.core import token_tree
+from tto_jax.core.types import Answers, Credit, Prompts, TokenTree, Traces
+from tto_jax.settings import Settings
+
+PARTS = ("weights", "prefill", "think", "answers", "logprobs", "update")  # in the order of a step
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One jitted function of a step, and what surrounds it."""
+
+    name: str
+    function: Callable  # jitted
+    arguments: tuple  # static ones, and shapes with their layout
+    calls: int = 1  # a step
+    held: int = 0  # bytes a chip that are no arguments, but lie there meanwhile
+    most_trips: int = 1  # of a loop whose end depends on data
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a chip."""
+
+    arguments: int
+    outputs: int  # those that do not lie in the place of a donated argument
+    temporaries: int
+    code: int
+    held: int  # no part of the program: the training state while the rollout runs
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known of a part without running it."""
+
+    part: str
+    calls: int  # a step
+    compile_s: float
+    hbm_bytes: Memory  # where the compiler refused, the total only
+    hbm_limit: int
+    fits: bool
+    cost: hlo_cost.Cost
+    bounds: dict[str, float]  # seconds of one call, by what limits it
+    largest: tuple[hlo_cost.Buffer, ...]  # what takes the memory
+    why: str  # where it does not fit
+
+    @property
+    def bound_by(self) -> str:
+        """What limits its speed."""
+        return max(self.bounds, key=self.bounds.get)
+
+    @property
+    def bound_s(self) -> float:
+        """Seconds that one call takes at least."""
+        return max(self.bounds.values())
+
+
+def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
+    """The parts of a step, by name; `plan` as it is on the mesh (`Settings.on`)."""
+    model, engine, loss = plan.model, plan.rollout, plan.loss
+    state = _placed(mesh, learner.abstract_state(model, plan.optimizer), model.num_kv_heads)
+    cast = jax.eval_shape(lambda params: rollout.weights(model, params), state.params)
+    weights = _placed(mesh, cast, model.num_kv_heads, without=("fsdp",))
+    prompts = split_rows(mesh, _prompts(plan, plan.problems))
+    key = split_rows(mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    number = split_rows(mesh, _array(jnp.int32))
+    started = jax.eval_shape(lambda *x: rollout._start(model, engine, *x), weights, prompts, key, number)
+    thinking, cache, keys = split_rows(mesh, started)
+    trunk = rollout.Trunk(prompts=prompts, prompt_cache=cache, trace_cache=thinking.cache, first_trace=number)
+    forks = split_rows(mesh, _array(jnp.int32, plan.rows, plan.schedule.size))
+    rows = split_rows(mesh, packed_rows(plan, plan.rows))
+    minibatch = split_rows(mesh, packed_rows(plan, plan.rows // plan.minibatches))
+    # All of it is there while the rollout runs; the log-probs take the parameters, but not the moments.
+    held, moments = bytes_a_chip(state), bytes_a_chip(state.opt_state)
+    segments = math.ceil(engine.trace_pad / engine.segment)
+    found = (
+        Part("weights", rollout.weights, (model, state.params), held=moments),
+        Part("prefill", rollout._start, (model, engine, weights, prompts, key, number), held=held),
+        Part(
+            "think",
+            rollout._think,
+            (model, engine, weights, prompts, cache, thinking, keys.thinking, number),
+            calls=segments,
+            held=held,
+            most_trips=math.ceil(engine.trace_pad / segments),
+        ),
+        Part(
+            "answers",
+            rollout.sample_answers,
+            (model, engine, weights, trunk, thinking.traces, forks, key),
+            held=held,
+            most_trips=max(engine.answer_cap - 1, 1),
+        ),
+        Part("logprobs", learner.score_logprobs, (model, loss, state.params, rows), held=moments),
+        Part(
+            "update",
+            learner.train_step,
+            (model, loss, plan.optimizer, state, minibatch),
+            calls=plan.minibatches,
+            held=bytes_a_chip(rows),
+        ),
+    )
+    return {part.name: part for part in found}
+
+
+def packed_rows(plan: Settings, number: int) -> TokenTree:
+    """Shapes of `number` rows as `token_tree.pack` makes them."""
+    group, size, answers, width = plan.rollout.group_size, plan.schedule.size, plan.rollout.answers, plan.answer_pad
+    problems, trace = number // group, (number, plan.rollout.trace_pad)
+    lead = (number, size, answers)
+    flag, integer, real = (
+        lambda *shape, dtype=dtype: _array(dtype, *shape) for dtype in (bool, jnp.int32, jnp.float32)
+    )
+    return jax.eval_shape(
+        lambda *arrays: token_tree.pack(*arrays, one_token_answers=plan.credit.one_token_answers),
+        _prompts(plan, problems),
+        Traces(
+            tokens=integer(*trace), logprob=real(*trace), length=integer(number), ended=flag(number), eos=flag(number)
+        ),
+        Answers(
+            tokens=integer(*lead, width),
+            logprob=real(*lead, width),
+            length=integer(*lead),
+            forced=integer(number, size),
+            ended=flag(*lead),
+        ),
+        integer(number, size),
+        Credit(
+            trace_advantage=real(problems, group, size),
+            answer_advantage=real(problems, group, size, answers),
+            block_mask=flag(problems, group, size),
+        ),
+        real(size),
+    )
+
+
+def _prompts(plan, problems):
+    return Prompts(
+        tokens=_array(jnp.int32, problems, plan.prompt_pad),
+        length=_array(jnp.int32, problems),
+        id=_array(jnp.uint32, problems),
+    )
+
+
+def _array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _placed(mesh, tree, kv_heads, **options):
+    return _with(tree, sharding.shardings(mesh, tree, kv_heads, **options))
+
+
+def _with(tree, layout):
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
+
+
+def split_rows(mesh: Mesh, tree: Any) -> Any:
+    """Shapes with the layout that they have in a rollout: rows split, caches by heads too, scalars on every chip."""
+
+    def layout(leaf):
+        if leaf.ndim == 5:  # a cache: layers, rows, heads
+            return NamedSharding(mesh, P(None, sharding.ROWS, "tensor"))
+        return NamedSharding(mesh, P(sharding.ROWS) if leaf.ndim else P())
+
+    return _with(tree, jax.tree.map(layout, tree))
+
+
+def bytes_a_chip(tree: Any) -> int:
+    """Of shapes with shardings, without the padding of tiles."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_part(part: Part, mesh: Mesh, chip: tpu_chips.Chip, slices: int = 1) -> Compiled:
+    """Lower, compile and count. What does not fit is a result like others; other errors of the compiler are raised."""
+    begin, refused = time.perf_counter(), None
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        # The text is the compiler's own dump: it is there of programs that do not fit, too, and `as_text` fails on some
+        # (jaxlib 0.10.2 does not read the asynchronous instructions of libtpu 0.0.51 for v5p and v6e).
+        lowered = part.function.lower(*part.arguments)
+        try:
+            program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refused = str(error)
+        seconds = time.perf_counter() - begin
+        cost = hlo_cost.count(_dumped(folder, "after_optimizations.txt"), part.most_trips, slices)
+        largest = hlo_cost.largest_buffers(_dumped(folder, "after_optimizations-memory-usage-report.txt"))
+    if refused is None:
+        memory, limit = _memory(program.memory_analysis(), part.held), chip.hbm
+        why = f"{memory.held:,} bytes of training state lie beside it" if memory.total > limit else ""
+    else:
+        needed, limit = exhausted(refused)
+        memory = Memory(0, 0, 0, 0, part.held, needed + part.held)
+        why = " ".join(refused.partition("HLO module")[0].split())
+    bounds = tpu_chips.bounds(chip, cost)
+    return Compiled(part.name, part.calls, seconds, memory, limit, not why, cost, bounds, largest, why)
+
+
+def _dumped(folder, what):
+    """Text of the whole program's file, not that of a piece the compiler made."""
+    (path,) = [path for path in Path(folder).iterdir() if re.fullmatch(rf"module_\d+\.jit_.*\.{what}", path.name)]
+    return path.read_text()
+
+
+def _memory(found, held):
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    own = (found.argument_size_in_bytes, outputs, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
+    return Memory(*own, held=held, total=sum(own) + held)
+
+
+def exhausted(said: str) -> tuple[int, int]:
+    """Bytes that a program needs and those that there are, from the compiler's RESOURCE_EXHAUSTED; 0 if not said."""
+    amount = r"([\d.]+)([KMGT])i?B?"
+    found = re.search(rf"\({amount}\) exceeds available \w+ \({amount}\)", said) or re.search(
+        rf"Used {amount} of {amount} hbm", said
+    )
+    if not found:
+        return 0, 0
+    needed, unit, limit, limit_unit = found.groups()
+    return int(float(needed) * UNITS[unit]), int(float(limit) * UNITS[limit_unit])
