@@ -55,7 +55,9 @@ _SEED = flags.DEFINE_integer("seed", None, "Of the sampled traces and answers; d
 _PROBLEMS = flags.DEFINE_integer(
     "problems", None, "Problems of each set; default: evaluation.final_problems.", lower_bound=1
 )
-_MESH = flags.DEFINE_list("mesh", None, "Devices along data,fsdp,tensor; default: as the configuration says.")
+_MESH = flags.DEFINE_list(
+    "mesh", None, "Devices along data,fsdp,tensor; default: as the configuration says.", allow_override=True
+)
 _ROWS = flags.DEFINE_integer(
     "rows",
     None,
