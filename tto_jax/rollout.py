@@ -149,12 +149,15 @@ def _start(model, config, params, prompts, key, first_trace):
     state = ThinkState(
         position=jnp.int32(0),
         hidden=jnp.repeat(last, config.group_size, axis=0),
-        traces=Traces(
-            tokens=jnp.zeros(shape, jnp.int32),
-            logprob=jnp.zeros(shape, jnp.float32),
-            length=jnp.zeros(number, jnp.int32),
-            ended=jnp.zeros(number, bool),
-            eos=jnp.zeros(number, bool),
+        traces=sharding.constrain(
+            Traces(
+                tokens=jnp.zeros(shape, jnp.int32),
+                logprob=jnp.zeros(shape, jnp.float32),
+                length=jnp.zeros(number, jnp.int32),
+                ended=jnp.zeros(number, bool),
+                eos=jnp.zeros(number, bool),
+            ),
+            sharding.ROWS,
         ),
         cache=Cache.empty(model, number, config.trace_pad),
     )
