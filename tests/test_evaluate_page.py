@@ -125,7 +125,14 @@ def texts(tmp_path_factory):
 
 def of_texts(folder, out, *more):
     sets = f"--data={folder / 'sums'},{folder / 'more'}"
-    return (f"--config={folder / 'experiment.py'}", f"--model={folder / 'model'}", sets, f"--out={out}", *more)
+    return (
+        f"--config={folder / 'experiment.py'}",
+        f"--model={folder / 'model'}",
+        sets,
+        f"--out={out}",
+        "--mesh=1,1,1",
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
