@@ -2,6 +2,7 @@
 
     python -m tto_jax.compile_tpu --config=configs/brpo_r1_qwen_1p5b_8k.py --topology=v5e:8x8
       [--num_slices=2] [--mesh=1,64,1] [--fit] [--parts=think,update] [--json=FILE] [--config.a.b=value]
+    python -m tto_jax.compile_tpu --table=FOLDER      # what --json wrote there, as the README's table
 
 Needs libtpu, no TPU: pip install "tto-jax[tpu]". Compiles what a training step calls, one row each: weights (cast and
 laid out for the rollout), prefill, think (one segment), answers, logprobs, update (one minibatch). Bytes, FLOPs and
@@ -37,6 +38,7 @@ _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, spanned by the mesh axi
 _MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor; the same as --config.mesh.")
 _PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(aot.PARTS)}; default: all.")
 _FIT = flags.DEFINE_bool("fit", False, "Search micro_rows and remat for the fastest update that fits.")
+_TABLE = flags.DEFINE_string("table", None, "A folder of --json files, which are printed as one table.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written, a JSON object a line.", allow_override=True)
 
 ENVIRONMENT = {  # else libtpu asks the machine for these, and locks it, as if it were to drive a TPU
@@ -64,8 +66,13 @@ class Pod:
 
 def main(argv):
     """The page."""
-    if len(argv) > 1 or not _TOPOLOGY.value:
-        raise app.UsageError(f"--topology is needed, such as {tpu_chips.EXAMPLES[0]}, and every option is a flag")
+    if _TABLE.value:
+        print(table(epath.Path(_TABLE.value)))
+        return
+    if len(argv) > 1 or not (_CONFIG.value and _TOPOLOGY.value):
+        raise app.UsageError(
+            f"--config and --topology are needed, such as {tpu_chips.EXAMPLES[0]}, and every option is a flag"
+        )
     logging.set_verbosity(logging.WARNING)
     names = tuple(_PARTS.value or aot.PARTS)
     if unknown := sorted(set(names) - set(aot.PARTS)):
@@ -250,6 +257,35 @@ def closing(rows: list[dict]) -> str:
     return text + (f"\nDO NOT FIT: {', '.join(lacking)}" if lacking else "\nall fit")
 
 
+def table(folder: epath.Path) -> str:
+    """Markdown, a line a file of `folder`: what each part holds, and what a step takes at least.
+
+    Raises ValueError if a file has no update or a part twice, and where there is no file.
+    """
+    names = ("think", "answers", "logprobs", "update")
+    lines = [
+        "| configuration | topology | data x fsdp x tensor | HBM | thinking | answers | log-probs | update "
+        "| a step takes at least | most of it |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".jsonl") if folder.exists() else []
+    if not paths:
+        raise ValueError(f"--table={folder}: no .jsonl file lies there; write some with --json")
+    for path in paths:
+        found = [row for row in map(json.loads, path.read_text().splitlines()) if not row["trial"]]
+        rows = {row["part"]: row for row in found}
+        if len(rows) < len(found) or not rows.keys() >= set(names):
+            raise ValueError(f"{path} has the parts {[row['part'] for row in found]}: a table needs {names}, each once")
+        seconds = {name: row["calls"] * row["bound_s"] for name, row in rows.items()}
+        most, update = max(seconds, key=seconds.get), rows["update"]
+        held = [f"{rows[name]['hbm_bytes']['total'] / 2**30:.1f}" for name in names]
+        lines.append(
+            f"| `{path.stem.partition(',')[0]}` | {update['topology']} | {' x '.join(map(str, update['mesh']))} "
+            f"| {update['hbm_limit'] / 2**30:.1f} | {' | '.join(held)} | {sum(seconds.values()):.3g} s "
+            f"| {most}, {seconds[most]:.3g} s, {rows[most]['bound_by']} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main)

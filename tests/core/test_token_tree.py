@@ -216,7 +216,7 @@ def test_several_trees_in_a_row(one_token):
     """Joined rows hold targets between their states: all of their tokens are computed."""
     each = 2
     for _case, rows, expected in cases(one_token)[:2]:
-        joined = token_tree.join_trees(rows, each)
+        joined = token_tree.join_trees(rows, each, token_tree.num_sequences(S, A))
         length = rows.tokens.shape[1]
         assert joined.tokens.shape == (B * G // each, each * length)
         config = loss_config(each * length, targets=each * (C + S * A * E))
@@ -225,9 +225,29 @@ def test_several_trees_in_a_row(one_token):
         assert_tokens(expected, jax.device_get(joined), np.asarray(logprob), place)
 
 
+@pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
+def test_sequences_are_blocks_and_answers(one_token):
+    """How many trained tokens each sequence has; tokens behind the last fork go with its block."""
+    number = token_tree.num_sequences(S, A)
+    for case, rows, _ in cases(one_token):
+        for n in range(B * G):
+            ends = [0, *case.forks[n].tolist()]
+            expected = [ends[s + 1] - ends[s] for s in range(S)]
+            expected[-1] += case.traces.length[n] - ends[-1]
+            expected += (case.answers.length[n] - case.answers.forced[n][:, None]).ravel().tolist()
+            trained = np.asarray(rows.sequence)[n][np.asarray(rows.loss_mask)[n]]
+            np.testing.assert_array_equal(np.bincount(trained, minlength=number), expected)
+        joined = token_tree.join_trees(rows, 2, number)
+        counts = np.bincount(np.asarray(joined.sequence)[0][np.asarray(joined.loss_mask)[0]], minlength=2 * number)
+        np.testing.assert_array_equal(
+            counts,
+            np.concatenate([np.bincount(rows.sequence[n][rows.loss_mask[n]], minlength=number) for n in range(2)]),
+        )
+
+
 def test_trees_per_row_must_divide_the_trees():
     with pytest.raises(ValueError, match="trees_per_row=3 does not divide the 4 trees"):
-        token_tree.join_trees(cases(False)[0][1], 3)
+        token_tree.join_trees(cases(False)[0][1], 3, 12)
 
 
 @pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
@@ -311,7 +331,7 @@ def test_sequences():
     np.testing.assert_array_equal(rows.position, [range(6)] * 2)
     np.testing.assert_array_equal(rows.source, [[0, 0, 1, 2, 3, 4]] * 2)
     np.testing.assert_array_equal(rows.loss_mask, mask)
-    for name in ("branch", "fork", "advantage", "sampler_logprob", "old_logprob", "ref_logprob"):
+    for name in ("branch", "fork", "sequence", "advantage", "sampler_logprob", "old_logprob", "ref_logprob"):
         assert getattr(rows, name).shape == (2, 6) and not getattr(rows, name).any()
     with pytest.raises(AssertionError):
         token_tree.sequences(tokens, [4, 6], mask[:, 1:])

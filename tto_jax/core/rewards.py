@@ -19,3 +19,21 @@ def length_penalty(correct: Array, length: Array, budget: Array | int, coefficie
         )
     chex.assert_rank([correct, length], [4, 2])
     return correct * (1.0 - coefficient * jnp.asarray(length, jnp.float32) / budget)[:, :, None, None]
+
+
+def relative_length_penalty(correct: Array, length: Array, alpha: float) -> jax.Array:
+    """Arora and Zanette (arXiv 2502.04463): correct * (1 - alpha sigmoid((|z| - mean) / std)), a wrong answer stays 0.
+
+    Mean and (population) deviation are those of the lengths of the group's correct traces: those with a right answer in
+    the last column. One length only: the sigmoid is 1/2.
+    correct f32[B,G,S,A]; length i32[B,G], tokens of the trace -> f32[B,G,S,A]. Raises ValueError unless 0 <= alpha < 1.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"relative_length_penalty={alpha}: the coefficient lies in [0, 1); choose 0.2 as in the paper")
+    chex.assert_rank([correct, length], [4, 2])
+    right, length = jnp.any(correct[:, :, -1] > 0, axis=-1), jnp.asarray(length, jnp.float32)
+    number = jnp.maximum(right.sum(axis=1, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(right, length, 0.0), axis=1, keepdims=True) / number
+    variance = jnp.sum(jnp.where(right, (length - mean) ** 2, 0.0), axis=1, keepdims=True) / number
+    scaled = jnp.where(variance > 0, (length - mean) / jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+    return correct * (1.0 - alpha * jax.nn.sigmoid(scaled))[:, :, None, None]

@@ -75,7 +75,9 @@ def num_states(
     return prompt_pad + trace_pad + branches
 
 
-def _segment(present, *, tokens, position, branch, fork, source, loss_mask=False, advantage=0.0, logprob=0.0):
+def _segment(
+    present, *, tokens, position, branch, fork, source, sequence=0, loss_mask=False, advantage=0.0, logprob=0.0
+):
     """A flat piece of a row; scalars are broadcast to the shape of `present`."""
     flat = lambda x, dtype: jnp.broadcast_to(x, present.shape).astype(dtype).ravel()  # noqa: E731
     return TokenTree(
@@ -85,6 +87,7 @@ def _segment(present, *, tokens, position, branch, fork, source, loss_mask=False
         branch=flat(branch, jnp.int32),
         fork=flat(fork, jnp.int32),
         source=flat(source, jnp.int32),
+        sequence=flat(sequence, jnp.int32),
         loss_mask=flat(loss_mask, bool),
         advantage=flat(advantage, jnp.float32),
         sampler_logprob=flat(logprob, jnp.float32),
@@ -110,6 +113,7 @@ def _trunk(prompt, prompt_length, trace, forks, advantage):
             branch=0,
             fork=0,
             source=jnp.where(c > 0, pad_p + c - 1, prompt_length - 1),
+            sequence=jnp.minimum(budgets.block_of_token(forks, pad_c), forks.size - 1),
             loss_mask=c < trace.length,
             advantage=budgets.block_to_tokens(advantage, forks, pad_c),
             logprob=trace.logprob,
@@ -137,6 +141,7 @@ def _branches(pad_p, prompt_length, pad_c, answer, forks, advantage):
         branch=1 + index,
         fork=prompt_length + fork,
         source=jnp.where(e > 0, before, _before_fork(pad_p, prompt_length, fork)),
+        sequence=size + index,
         loss_mask=sampled,
         advantage=jnp.where(sampled, advantage[..., None], 0.0),
         logprob=jnp.where(sampled, answer.logprob, 0.0),
@@ -167,6 +172,7 @@ def _one_token_branches(pad_p, prompt_length, pad_c, answer, forks, advantage):
         branch=1 + size + jnp.arange(size * number).reshape(size, number),
         fork=prompt_length + fork,
         source=jnp.where(forced > 0, begin + forced - 1, before_fork),
+        sequence=size + jnp.arange(size * number).reshape(size, number),
         loss_mask=answer.length > forced,
         advantage=advantage,
         logprob=at_forced(answer.logprob),
@@ -174,13 +180,23 @@ def _one_token_branches(pad_p, prompt_length, pad_c, answer, forks, advantage):
     return inserted, targets
 
 
-def join_trees(tree: TokenTree, trees_per_row: int) -> TokenTree:
-    """Lay `trees_per_row` consecutive trees side by side: [N, L] -> [N / trees_per_row, trees_per_row * L]."""
+def num_sequences(size: int, number: int) -> int:
+    """Sequences of a tree of S forks with A answers each: S thinking blocks, then S*A answers."""
+    return size * (1 + number)
+
+
+def join_trees(tree: TokenTree, trees_per_row: int, sequences: int) -> TokenTree:
+    """Lay `trees_per_row` consecutive trees of so many `sequences` side by side: [N, L] -> [N / each, each * L]."""
     rows, length = tree.tokens.shape
     if rows % trees_per_row:
         raise ValueError(f"trees_per_row={trees_per_row} does not divide the {rows} trees: choose a divisor")
     index = (jnp.arange(rows) % trees_per_row)[:, None]
-    tree = dataclasses.replace(tree, tree=jnp.where(tree.tree < 0, -1, index), source=tree.source + index * length)
+    tree = dataclasses.replace(
+        tree,
+        tree=jnp.where(tree.tree < 0, -1, index),
+        source=tree.source + index * length,
+        sequence=tree.sequence + index * sequences,
+    )
     return jax.tree.map(lambda x: x.reshape(rows // trees_per_row, trees_per_row * length), tree)
 
 
@@ -200,6 +216,7 @@ def sequences(tokens: Array, length: Array, target_mask: Array) -> TokenTree:
         branch=jnp.zeros_like(tokens),
         fork=jnp.zeros_like(tokens),
         source=jnp.maximum(index - 1, 0),
+        sequence=jnp.zeros_like(tokens),
         loss_mask=jnp.asarray(target_mask),
         advantage=zeros,
         sampler_logprob=zeros,

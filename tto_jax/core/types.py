@@ -80,6 +80,7 @@ class TokenTree:
     branch: Array  # i32[N, L], 0 = prompt and trace
     fork: Array  # i32[N, L], absolute: prompt length + the trace's fork
     source: Array  # i32[N, L], index in the row of the hidden state that predicts this token
+    sequence: Array  # i32[N, L], from 0 in a row: which thinking block, or which answer, a sampled token belongs to
     loss_mask: Array  # bool[N, L], sampled tokens only
     advantage: Array  # f32[N, L], answer weight included
     sampler_logprob: Array  # f32[N, L]
