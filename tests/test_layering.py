@@ -28,7 +28,15 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     **dict.fromkeys(
         (
             f"tto_jax.{name}"
-            for name in ("distributed", "inputs", "math_task", "pretrained", "problem_files", "problem_sets")
+            for name in (
+                "distributed",
+                "inputs",
+                "episodes",
+                "math_task",
+                "pretrained",
+                "problem_files",
+                "problem_sets",
+            )
         ),
         4,
     ),
