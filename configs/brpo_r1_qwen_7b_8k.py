@@ -14,6 +14,9 @@ sets; configs/r1.py says how those are prepared, and how checkpoints are evaluat
 A rollout holds 590.0 GB of KV cache and an update 121.8 GB of parameters, moments and gradients (float32):
 this takes several accelerators. Not run at scale, and we hold no averages of the paper for this size.
 
+Fits, as compiled ahead of time (README): v5e:16x16 with --config.mesh="(1,64,4)"; v5p:4x4x4 with the default mesh (all
+devices on fsdp).
+
 As 1.5B, but 2 epochs in batches of 128 problems (629 steps, each with two updates of 64 problems) and clip-higher. The
 paper gives no upper clip: 0.28 is our choice.
 """

@@ -22,6 +22,8 @@ A rollout holds 121.2 GB of KV cache (linear, vr: 126.7; decouple: 147.5) and an
 and gradients (float32): this takes several accelerators. Not run at scale: the numbers are the paper's, to be
 reproduced.
 
+Fits, as compiled ahead of time (README): v5e:8x8 with the default mesh (all devices on fsdp).
+
 | final / anytime accuracy, % | average of AMC22, AIME24, MATH500, Minerva, OlympiadBench |
 |---|---|
 | R1-Distill-Qwen-1.5B | 45.6 / 39.8 |

@@ -1,5 +1,6 @@
 """What every test session sets before jax is imported: one platform, one compilation cache, no display."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -8,8 +9,16 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # for meshes; others use the first
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+XLA_FLAGS = {
+    "xla_force_host_platform_device_count": 8,  # for meshes; other tests use the first
+    # The threads of virtual devices share few cores. Where others use them too, one can wait longer for its turn than
+    # the 40 s after which XLA ends the process.
+    "xla_cpu_collective_call_warn_stuck_seconds": 120,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tto_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -25,3 +34,13 @@ def real_data() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip("set TTO_TEST_DATA to a folder with deepscaler, gsm8k and tokenizers: not tested on real data")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """Drops a module's compiled programs: each maps memory, and a process that has 65,530 maps (Linux) is aborted."""
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        jax.clear_caches()
+        gc.collect()
