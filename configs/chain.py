@@ -2,8 +2,8 @@
 
     python -m tto_jax.train --config=configs/chain.py:brpo --workdir=runs/chain_brpo
 
-Variants: as peak's; `two_digits` after a comma (`brpo,two_digits`) asks for the last two values, ended by EOS. One device
-is enough (compiled for v5e:1x1); a 2-core machine takes minutes.
+Variants: as peak's; `two_digits` after a comma (`brpo,two_digits`) asks for the last two values, ended by EOS.
+One device is enough (compiled for v5e:1x1); a 2-core machine takes minutes.
 """
 
 from ml_collections import ConfigDict

@@ -57,12 +57,12 @@ def base(variant: str, budgets: tuple[int, ...]) -> ConfigDict:
             "batch_size": 32,
             "micro_rows": 8,
             "cache": "",  # a folder shared by runs; empty: beside the workdir
-            "optimizer": _optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=50, b2=0.98),
+            "optimizer": optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=50, b2=0.98),
         }
     )
     config.rollout.problems = 32
     config.learner.micro_rows = 16  # rows at a time in the backward; on a CPU they then fit in its cache
-    config.learner.optimizer = ConfigDict(_optimizer(learning_rate=1e-3, warmup_steps=5, b2=0.95))
+    config.learner.optimizer = ConfigDict(optimizer(learning_rate=1e-3, warmup_steps=5, b2=0.95))
     config.evaluation.update({"every": 20, "problems": 256, "final_problems": 1024, "answers": 8})
     config.checkpoint.every = 20
     return config
@@ -87,15 +87,21 @@ def pretrained(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "max_prompt_tokens": 1024,  # problems with longer prompts are left out
             "max_answer_tokens": 118,  # sampled after the insertion, as in the released code
             "elicit_tokens": 8,  # of the longest insertion; used only while there is no tokenizer to ask
-            "prompting": {"style": "anytime"},  # or mrt; a string that is None is the style's own
             "verifier": {"workers": 0, "cpu_seconds": 2.0, "wall_seconds": 20.0, "memory_mb": 1024},  # 0: one a core
         }
     )
-    for text in ("instruction", "system", "think_start", "think_end", "elicit_ended", "elicit_cut", "paragraph"):
-        config.task.prompting[text] = config_dict.placeholder(str)
+    config.task.prompting = prompting("anytime")
     config.learner.micro_rows = 8
     config.evaluation.update({"final_problems": 1_000_000, "temperature": 0.6, "every": 100, "traces": 4})
     config.checkpoint.every = 50
+    return config
+
+
+def prompting(style: str) -> ConfigDict:
+    """A style, `anytime` or `mrt`; a string that is None is the style's own."""
+    config = ConfigDict({"style": style})
+    for text in ("instruction", "system", "think_start", "think_end", "elicit_ended", "elicit_cut", "paragraph"):
+        config[text] = config_dict.placeholder(str)
     return config
 
 
@@ -132,7 +138,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "kl_estimator": "k3",
                 "normalizer": "constant",  # loss / (rows * tokens_per_row); "released": rows * padded response length
                 "tokens_per_row": 1,
-                "optimizer": _optimizer(learning_rate=1e-6, weight_decay=0.01),
+                "optimizer": optimizer(learning_rate=1e-6, weight_decay=0.01),
             },
             "evaluation": {
                 "every": 20,
@@ -150,7 +156,8 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
     )
 
 
-def _optimizer(**given) -> dict:
+def optimizer(**given) -> dict:
+    """AdamW after a clip of the global norm; see `learner.OptimizerConfig`."""
     defaults = {
         "learning_rate": 1e-3,
         "schedule": "constant",

@@ -24,7 +24,13 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     "tto_jax.learner": 3,
     **dict.fromkeys((f"tto_jax.{name}" for name in ("tokenizer", "grading", "data", "checkpoint", "metrics")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("evaluation", "diagnostics", "settings", "warm_start", "host")), 4),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("aot", "completions", "summary", "comparison", "preemption")), 4),
+    **dict.fromkeys(
+        (
+            f"tto_jax.{name}"
+            for name in ("aot", "throughput", "profiling", "completions", "summary", "comparison", "preemption")
+        ),
+        4,
+    ),
     **dict.fromkeys(
         (
             f"tto_jax.{name}"
@@ -40,7 +46,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
         ),
         4,
     ),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu")), 5),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu", "sft")), 5),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("bench_grading", "convert", "prepare_data")), 5),
 }
 ONLY = {  # what these may import beside the standard library

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -13,6 +14,7 @@ from tto_jax.models import hf_weights
 from tto_jax.models.config import ModelConfig
 from tto_jax.models.decoder import Params
 from tto_jax.tasks import Problem, Task, prompting
+from tto_jax.tasks.prompting import Prompting
 from tto_jax.tokenizer import Tokenizer
 from tto_jax.verifier.pool import Pool
 
@@ -35,15 +37,13 @@ def resolve(config: ml_collections.ConfigDict, need_model: bool) -> tuple[Task, 
 
 
 def _resolve_pretrained(config, need_model):
-    wanted = config.task
-    strings = {name: text for name, text in wanted.prompting.to_dict().items() if text is not None}
-    chat = prompting.style(strings.pop("style"), **strings)
+    wanted, chat = config.task, prompting_of(config.task)
     limits = wanted.verifier.to_dict()
     verifier = Pool(limits.pop("workers") or None, **limits)
     task = MathTask(chat, wanted.max_prompt_tokens, wanted.max_answer_tokens, verifier)
     given = {name: value for name, value in config.model.to_dict().items() if value is not None}
     if config.init:
-        return task, *_pretrained_model(config.init, given, chat)
+        return task, *pretrained_model(config.init, given, chat)
     if need_model:
         raise ValueError(
             "init is empty: name the model to start from, a Hugging Face directory or a converted checkpoint, "
@@ -52,7 +52,13 @@ def _resolve_pretrained(config, need_model):
     return task, Tokenizer.absent(chat, wanted.elicit_tokens), _given_model(given)
 
 
-def _pretrained_model(path, given, chat):
+def prompting_of(config: ml_collections.ConfigDict) -> Prompting:
+    """The strings that a section with `prompting` names: a style, and what is given in place of its own."""
+    strings = {name: text for name, text in config.prompting.to_dict().items() if text is not None}
+    return prompting.style(strings.pop("style"), **strings)
+
+
+def pretrained_model(path: str, given: dict[str, Any], chat: Prompting) -> tuple[Tokenizer, ModelConfig]:
     """Tokenizer and model of a directory; what the configuration gives of the model must be so there."""
     start = pretrained.find(path)
     model = start.model_config(dtype=given.pop("dtype"), remat=given.pop("remat"))

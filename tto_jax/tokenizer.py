@@ -117,9 +117,12 @@ class Tokenizer:
         if self.chat is None:
             return problem
         turns = [{"role": "system", "content": self.chat.system}] if self.chat.system else []
-        turns.append({"role": "user", "content": problem + self.chat.instruction})
-        text = self.hf.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return text + self.chat.think_start
+        return self.render_chat([*turns, {"role": "user", "content": problem + self.chat.instruction}])
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text of messages (`role`, `content`) in the chat template, up to where the assistant goes on."""
+        text = self.hf.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return text + (self.chat.think_start if self.chat else "")
 
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids of a problem's prompt."""

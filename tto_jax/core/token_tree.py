@@ -9,6 +9,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tto_jax.core import budgets
 from tto_jax.core.types import Answers, Array, Credit, Prompts, TokenTree, Traces
@@ -200,26 +201,35 @@ def join_trees(tree: TokenTree, trees_per_row: int, sequences: int) -> TokenTree
     return jax.tree.map(lambda x: x.reshape(rows // trees_per_row, trees_per_row * length), tree)
 
 
-def sequences(tokens: Array, length: Array, target_mask: Array) -> TokenTree:
-    """Plain sequences as rows of one trunk each, for supervised training.
+def packed(tokens: Array, tree: Array, position: Array, target_mask: Array) -> TokenTree:
+    """Plain sequences, several a row: trees of one trunk each, for supervised training, as numpy or jax arrays.
 
-    tokens i32[N,L], length i32[N], target_mask bool[N,L].
+    tokens i32[N,L]; tree i32[N,L], which sequence of its row a token is of, from 0, -1 for padding; position i32[N,L],
+    from the start of the sequence; target_mask bool[N,L], never at position 0, which nothing predicts.
     """
-    chex.assert_equal_shape([tokens, target_mask])
-    tokens = jnp.asarray(tokens)
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    zeros = jnp.zeros(tokens.shape)
+    chex.assert_equal_shape([tokens, tree, position, target_mask])
+    kind = np if isinstance(tokens, np.ndarray) else jnp
+    index = kind.broadcast_to(kind.arange(tokens.shape[1]), tokens.shape)
+    integer = lambda x: kind.asarray(x, kind.int32)  # noqa: E731
+    zeros = kind.zeros(tokens.shape, kind.float32)
     return TokenTree(
-        tokens=tokens,
-        position=index,
-        tree=jnp.where(index < jnp.asarray(length)[:, None], 0, -1),
-        branch=jnp.zeros_like(tokens),
-        fork=jnp.zeros_like(tokens),
-        source=jnp.maximum(index - 1, 0),
-        sequence=jnp.zeros_like(tokens),
-        loss_mask=jnp.asarray(target_mask),
+        tokens=integer(tokens),
+        position=integer(position),
+        tree=integer(tree),
+        branch=integer(kind.zeros_like(index)),
+        fork=integer(kind.zeros_like(index)),
+        source=integer(kind.maximum(index - 1, 0)),
+        sequence=integer(kind.maximum(tree, 0)),
+        loss_mask=kind.asarray(target_mask, bool),
         advantage=zeros,
         sampler_logprob=zeros,
         old_logprob=zeros,
         ref_logprob=zeros,
     )
+
+
+def sequences(tokens: Array, length: Array, target_mask: Array) -> TokenTree:
+    """Plain sequences as rows of one trunk each. tokens i32[N,L], length i32[N], target_mask bool[N,L]."""
+    tokens = jnp.asarray(tokens)
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return packed(tokens, jnp.where(index < jnp.asarray(length)[:, None], 0, -1), index, jnp.asarray(target_mask))
