@@ -132,8 +132,13 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "learner": {
                 "minibatches": 2,
                 "micro_rows": 0,  # rows of each part of the mesh whose gradient is computed at a time; 0: all
+                "objective": "ppo",  # or gspo, cispo
                 "clip_low": 0.2,
                 "clip_high": 0.2,
+                "dual_clip": 0.0,  # a negative advantage counts so many times at most, such as 3.0; 0: off
+                "aggregate": "constant",  # or token_mean, sequence_mean
+                "importance": "none",  # or token, sequence: truncated ratios of trainer to sampler
+                "importance_cap": 2.0,
                 "kl": 0.0,
                 "kl_estimator": "k3",
                 "normalizer": "constant",  # loss / (rows * tokens_per_row); "released": rows * padded response length

@@ -13,7 +13,6 @@ XLA_FLAGS = {
     "xla_force_host_platform_device_count": 8,  # for meshes; other tests use the first
     # The threads of virtual devices share few cores. Where others use them too, one can wait longer for its turn than
     # the 40 s after which XLA ends the process.
-    "xla_cpu_collective_call_warn_stuck_seconds": 120,
     "xla_cpu_collective_call_terminate_timeout_seconds": 600,
 }
 given = os.environ.get("XLA_FLAGS", "")

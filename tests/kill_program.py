@@ -1,13 +1,14 @@
 """Kills a training run with SIGKILL at random moments, starts it again each time, and compares it with one left alone.
 
-    python tests/kill_program.py --workdir=DIR [--kills=20] [--seed=0] [--steps=60] [-- FLAGS OF tto_jax.train]
+    python tests/kill_program.py --workdir=DIR [--kills=20] [--seed=0] [--steps=60] [--json=FILE] [-- FLAGS OF THE PAGE]
 
-Writes DIR/whole and DIR/killed, prints a line a kill, and exits with 1 if the two differ in anything but times: the
-state bit for bit, the data's cursor, every row of the metrics, every sample. Without flags of its own the run is the
-smallest one of the tests.
+Writes DIR/whole and DIR/killed, prints a line a kill (and writes a line of JSON), and exits with 1 if the two differ in
+anything but times: the state bit for bit, the data's cursor, every row of the metrics, every sample. Without flags of
+`tto_jax.train` the run is the smallest one of the tests.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = re.compile(r"^seconds(/|$)")
+TIMES = re.compile(r"^(seconds$|seconds/|speed/|memory/)")
 
 
 def environment() -> dict[str, str]:
@@ -33,18 +34,55 @@ def rows_of(workdir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def killed_run(command: list[str], workdir: Path, kills: int, seed: int, span: float):
-    """Runs `command` until it ends by itself, killed `kills` times before; yields a line for each kill.
+# The training page, which writes into a file what it is doing, so that a kill can be told from others.
+PROGRAM = """
+import os, sys
+said = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+now = []
+
+def say(phase):
+    os.pwrite(said, phase.ljust(20).encode(), 0)
+    now[:] = [phase]
+
+def during(owner, name, phase):
+    function = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        before = now[0]
+        say(phase(*args) if callable(phase) else phase)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if not callable(phase):
+                say(before)
+    setattr(owner, name, wrapped)
+
+say("imports")
+from absl import app
+from tto_jax import checkpoint, profiling, train
+say("start")
+during(train.warm_start, "get", "warm start")
+during(checkpoint.Checkpointer, "restore_latest", "restore")
+during(checkpoint.Checkpointer, "save", "save")
+during(train, "evaluate_row", "evaluation")
+during(profiling.Clock, "_enter", lambda clock, phase: phase)
+app.run(train.main)
+"""
+
+
+def killed_run(flags: list[str], workdir: Path, kills: int, seed: int, span: float):
+    """Trains with `flags` until the run ends by itself, killed `kills` times before; yields a dict for each kill.
 
     Every other kill comes up to `span` seconds after a new row, so that the run gets on; the others come at any moment
     since the start of the process: while it imports, restores, compiles.
     """
     rng, done, start_up = random.Random(seed), 0, 0.0
+    phase, errors = workdir.parent / f"{workdir.name}.phase", workdir.parent / f"{workdir.name}.stderr"
+    command = [sys.executable, "-c", PROGRAM, str(phase), *flags, f"--workdir={workdir}"]
     while True:
-        begin, rows = time.monotonic(), rows_of(workdir)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        begin, rows, there = time.monotonic(), rows_of(workdir), checkpoints_in(workdir)
+        phase.write_text("imports")
+        with errors.open("w") as stderr:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
         if done < kills and done % 2 and start_up:
             wait(process, rng.uniform(0, start_up + span))
         elif done < kills:
@@ -54,16 +92,35 @@ def killed_run(command: list[str], workdir: Path, kills: int, seed: int, span: f
             wait(process, rng.uniform(0, span))
         if done < kills and process.poll() is None:
             process.send_signal(signal.SIGKILL)
-        code, said = process.wait(), process.stderr.read()
+        code = process.wait()
         if code == 0 and done == kills:
             return
         if code != -signal.SIGKILL:
-            raise RuntimeError(
-                f"the run ended with {code} after {done} of {kills} kills: {said[-2000:] or 'too short'}"
-            )
+            said = errors.read_text()[-2000:] or "too short"
+            raise RuntimeError(f"the run ended with {code} after {done} of {kills} kills: {said}")
         done += 1
-        there = sorted(path.name for path in (workdir / "checkpoints").glob("*"))
-        yield f"kill {done} after {time.monotonic() - begin:.2f} s: {rows_of(workdir)} rows, checkpoints {there}"
+        yield {
+            "kill": done,
+            "seconds": round(time.monotonic() - begin, 2),
+            "phase": phase.read_text().strip(),
+            "resumed_from": there[-1] if there else None,
+            "rows": rows_of(workdir),
+            "checkpoints": checkpoints_in(workdir),
+        }
+
+
+def checkpoints_in(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that were finished."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def line_of(kill: dict) -> str:
+    """A kill as a line of text."""
+    resumed = "the beginning" if kill["resumed_from"] is None else f"step {kill['resumed_from']}"
+    return (
+        f"kill {kill['kill']:2}: {kill['seconds']:6.2f} s after a start from {resumed}, in {kill['phase']}; "
+        f"{kill['rows']} rows, checkpoints {kill['checkpoints']}"
+    )
 
 
 def wait(process: subprocess.Popen, seconds: float) -> None:
@@ -92,7 +149,7 @@ def differences(one: Path, other: Path) -> list[str]:
         if np.asarray(a).tobytes() != np.asarray(b).tobytes():
             found.append(f"state{jax.tree_util.keystr(path)} differs")
     for record in (host, other_host):
-        del record["totals"]["seconds"]
+        del record["totals"]["seconds"], record["began"]
     if host != other_host:
         found.append(f"beside the state: {host} and {other_host}")
     rows = [
@@ -115,6 +172,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60, help="of the smallest run")
+    parser.add_argument("--json", type=Path, help="a file for one line of JSON a kill")
     parser.add_argument("flags", nargs="*", help="of tto_jax.train, after --")
     options = parser.parse_args(argv)
     flags = options.flags
@@ -126,13 +184,15 @@ def main(argv: list[str]) -> None:
         flags = ["--config=configs/peak.py:brpo", *(f"--config.{name}={value}" for name, value in small.items())]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(options.workdir.absolute() / "compiled"))
     whole, killed = options.workdir.absolute() / "whole", options.workdir.absolute() / "killed"
-    command = [sys.executable, "-m", "tto_jax.train", *flags]
-    subprocess.run([*command, f"--workdir={whole}"], cwd=ROOT, env=environment(), check=True)
+    page = [sys.executable, "-m", "tto_jax.train", *flags, f"--workdir={whole}"]
+    subprocess.run(page, cwd=ROOT, env=environment(), check=True)
     seconds = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    for line in killed_run(
-        [*command, f"--workdir={killed}"], killed, options.kills, options.seed, 2 * seconds / (options.kills + 1)
-    ):
-        print(line, flush=True)
+    log = options.json.open("w") if options.json else contextlib.nullcontext()
+    with log as file:
+        for kill in killed_run(flags, killed, options.kills, options.seed, 2 * seconds / (options.kills + 1)):
+            print(line_of(kill), flush=True)
+            if file:
+                print(json.dumps(kill), file=file, flush=True)
     found = differences(whole, killed)
     print("\n".join(found) or f"{options.kills} kills: the same state, rows and samples as without")
     sys.exit(bool(found))

@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,24 @@ def test_every_so_many_steps_one_stays_for_ever(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 12, 13]
     with pytest.raises(ValueError, match="keep_every=-1"):
         Checkpointer(tmp_path, keep=1, keep_every=-1)
+
+
+def test_a_step_that_is_being_saved_is_not_written_yet(tmp_path, monkeypatch):
+    may_end, finalize = threading.Event(), ocp.CheckpointManager._finalize
+
+    def later(*args):
+        may_end.wait(60)
+        finalize(*args)
+
+    with Checkpointer(tmp_path, keep=2) as c:
+        c.save(2, {"w": jnp.ones(2)}, {})
+        c.wait()
+        monkeypatch.setattr(ocp.CheckpointManager, "_finalize", later)
+        c.save(3, {"w": jnp.ones(2)}, {})
+        assert c.steps() == [2, 3] and c.written() == [2]
+        may_end.set()
+        c.wait()
+        assert c.written() == [2, 3]
 
 
 def split(x, *axes, shape):

@@ -241,7 +241,7 @@ def test_another_evaluation_into_the_same_place_is_refused(texts, whole):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises(ValueError) as error:
         page(*of_texts(texts, whole, "--seed=5", "--budgets=2,6"))
-    for words in ("options.seed: 0 there, 5 here", "options.budgets: [2, 4, 6] there, [2, 6] here", "--out=DIR"):
+    for words in ("options.seed: 0 there, 5 here", "options.budgets: [2,4,6] there, [2,6] here", "--out=DIR"):
         assert words in str(error.value)
     with pytest.raises(ValueError, match=r"sets.more.problems: 4 there, nothing here"):
         page(*of_texts(texts, whole), f"--data={texts / 'sums'}")
@@ -268,14 +268,15 @@ def test_an_embedded_run(run, tmp_path):
     lines = read_lines(run / "evaluation" / "completions" / "peak")
     assert_equals_loops(results, lines, "peak", (3, 6, 9), (9,), 0)
     assert report.load_run(run).correct.shape == (6, 1, 3, 2)
-    given = ("--step=2", "--traces=3", "--answers=1", "--budgets=4,8", "--seed=2", "--problems=5", "--temperature=1.5")
-    page(f"--workdir={run}", f"--out={tmp_path}", *given, "--regret_tokens=5,20")
+    # Scores of a shape that another test has: what sums them up compiles for each shape.
+    given = ("--step=2", "--traces=4", "--answers=1", "--budgets=2,5,8", "--seed=2", "--problems=4")
+    page(f"--workdir={run}", f"--out={tmp_path}", *given, "--temperature=1.5", "--regret_tokens=5")
     other = results_of(tmp_path)
-    assert (other["step"], other["tokens"], other["budgets"], other["problems"]) == (2, 200, [4, 8], 5)
-    assert (other["traces"], other["answers"], other["temperature"], other["evaluation_seed"]) == (3, 1, 1.5, 2)
+    assert (other["step"], other["tokens"], other["budgets"], other["problems"]) == (2, 200, [2, 5, 8], 4)
+    assert (other["traces"], other["answers"], other["temperature"], other["evaluation_seed"]) == (4, 1, 1.5, 2)
     lines = read_lines(tmp_path / "evaluation" / "completions" / "peak")
-    assert {len(line["answers"][0]) for line in lines} == {1} and len(lines) == 15
-    assert_equals_loops(other, lines, "peak", (4, 8), (5, 20), 2)
+    assert {len(line["answers"][0]) for line in lines} == {1} and len(lines) == 16
+    assert_equals_loops(other, lines, "peak", (2, 5, 8), (5,), 2)
 
 
 def test_a_run_of_a_pretrained_model(texts, whole, tmp_path):

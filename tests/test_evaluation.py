@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from configs import peak
-from tto_jax import comparison, completions, evaluation, inputs, settings, summary
+from tto_jax import comparison, completions, evaluation, inputs, settings, sharding, summary
 from tto_jax.core import anytime
 from tto_jax.evaluation import Evaluation, Options
 from tto_jax.models import decoder
@@ -142,17 +142,16 @@ def texts(folder, **options):
     return {(line["id"], line["trace"]): told(line) for line in read_lines(folder)}
 
 
-@pytest.mark.parametrize("rows", [2, 5, 64])
-def test_samples_do_not_depend_on_rows(kept, tmp_path, rows):
-    """Traces of a problem in several rollouts, a problem a rollout, all in one."""
-    assert texts(tmp_path, rows=rows) == texts(kept[1])
+def test_samples_do_not_depend_on_rows(kept, tmp_path):
+    """Two traces of a problem in a rollout; two problems in those that are kept, eight in that of the mesh below."""
+    assert texts(tmp_path, rows=2) == texts(kept[1])
 
 
 def test_samples_depend_on_problem_trace_and_seed_only(kept, tmp_path):
     """Fewer traces, other neighbours: the same samples. Another seed: others."""
     whole = texts(kept[1])
-    few = texts(tmp_path / "few", chosen=problems()[7:3:-1], traces=3)
-    assert len(few) == 12 and all(whole[key] == value for key, value in few.items())
+    few = texts(tmp_path / "few", chosen=problems()[7:3:-1], traces=2, rows=2)
+    assert len(few) == 8 and all(whole[key] == value for key, value in few.items())
     other = texts(tmp_path / "other", chosen=problems()[:2], seed=4)
     assert np.mean([whole[key] == value for key, value in other.items()]) < 0.2
     assert len({value[0] for value in whole.values()}) > 0.5 * len(whole), "traces differ"
@@ -171,15 +170,59 @@ def test_parts_cover_every_trace_once_in_order(problem_count, traces, rows):
         assert len(part.problems) == 1 or len(part.traces) == traces
 
 
+@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize(("problem_count", "traces", "rows"), [(11, 5, 12), (3, 10, 4), (40, 1, 2)])
+def test_rounds_cover_every_part_once(problem_count, traces, rows, shards):
+    """Also of what an evaluation left that was killed; a rollout numbers its traces from one number."""
+    todo = [part for part in evaluation.parts(problem_count, traces, rows) if part.number % 3]
+    found = list(evaluation.rounds(todo, shards))
+    assert sorted(part.number for together in found for part in together) == [part.number for part in todo]
+    for together in found:
+        assert len(together) <= shards and len({part.traces for part in together}) == 1
+    ideal = sum(-(-sum(part.traces == numbers for part in todo) // shards) for numbers in {x.traces for x in todo})
+    assert len(found) == ideal
+
+
+def test_a_mesh_samples_the_same(kept, tmp_path):
+    """Stopped on one device, the parts are finished by four that have rows of their own: all files to the byte."""
+    result, folder = kept
+    for name in ("00000.jsonl.gz", "00004.jsonl.gz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    mesh = sharding.mesh_of((2, 2, 2))
+    on_mesh, placed = plan().on(mesh), sharding.place(mesh, params(), plan().model.num_kv_heads)
+    seen = []
+    with sharding.use(mesh):
+        again = evaluation.evaluate(
+            on_mesh, placed, problems(), OPTIONS, folder=epath.Path(tmp_path), on_part=lambda n, _: seen.append(n)
+        )
+    assert_same(again, result)
+    assert seen == [10, 10, 10, 10, 10, 5], "two that were kept, four in one rollout; the last part is a short one"
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 6
+    task = {"name": "peak"}
+    claims = [
+        completions.identity(one, weights, {"peak": problems()}, OPTIONS, task)
+        for one, weights in ((plan(), params()), (on_mesh, placed))
+    ]
+    assert claims[0] == claims[1] and on_mesh.model.kv_copies == 2
+
+
 def test_default_rows_follow_the_size(monkeypatch):
     wide = dataclasses.replace(plan(), model=dataclasses.replace(plan().model, vocab_size=151_936))
     paper = dataclasses.replace(OPTIONS, budgets=tuple(range(250, 8001, 250)), answers=1)
     memory = type("Device", (), {"memory_stats": lambda self: {"bytes_limit": 2**34}})
-    monkeypatch.setattr(evaluation.jax, "devices", lambda: [memory()])
-    small, large = evaluation.default_rows(plan(), paper), evaluation.default_rows(wide, paper)
+    monkeypatch.setattr(evaluation.jax, "local_devices", lambda: [memory()])
+    small, large = (evaluation.default_rows(one, paper, 1000) for one in (plan(), wide))
     assert small == evaluation.MOST_ROWS and 1 < large < 256
     assert large * 3 * 4 * 32 * 151_936 <= 2**33, "the logits alone fit into half of the memory"
-    assert evaluation.default_rows(wide, dataclasses.replace(paper, answers=10_000)) == 1
+    assert evaluation.default_rows(wide, dataclasses.replace(paper, answers=10_000), 1000) == 1
+
+
+@pytest.mark.parametrize(("problem_count", "rows"), [(1, N), (8, N), (9, 2 * N), (16, 2 * N), (8000, 256)])
+def test_default_rows_are_an_even_share(problem_count, rows):
+    """8 shards have the same number of whole problems, as far as memory goes."""
+    with sharding.use(sharding.mesh_of((2, 4, 1))):
+        assert evaluation.default_rows(plan(), OPTIONS, problem_count) == rows
 
 
 @pytest.mark.parametrize(
@@ -242,7 +285,7 @@ def test_a_write_that_was_cut_short_leaves_no_part(tmp_path, monkeypatch):
         patch.setattr(type(folder), "write_bytes", cut)
         completions.write(completions.part_path(folder, 0), [{"id": 1}] * 100)
     assert not completions.part_path(folder, 0).exists()
-    assert evaluate(folder, problems()[:2], traces=1).new_tokens > 0
+    assert evaluate(folder, problems()[:2], traces=2, rows=2).new_tokens > 0
 
 
 def test_damaged_and_foreign_parts_are_refused(kept, tmp_path):
@@ -278,7 +321,7 @@ def test_another_evaluation_is_refused_with_its_differences(tmp_path):
     with pytest.raises(ValueError) as error:
         completions.claim(folder, identity(seed=9, budgets=(2, 9), task={"name": "peak", "new": 1}))
     said = str(error.value)
-    for words in ("options.seed: 3 there, 9 here", "[2, 5, 9] there, [2, 9] here", "task.new: nothing there, 1 here"):
+    for words in ("options.seed: 3 there, 9 here", "[2,5,9] there, [2,9] here", "task.new: nothing there, 1 here"):
         assert words in said
     assert "parameters" not in said and "--out=DIR" in said
 
@@ -493,18 +536,18 @@ def make(correct, length=None, ids=None):
     )
 
 
-def random_scores(seed, B, n=4, S=3, answers=2, p=0.4):
+def random_scores(seed, B, n=N, S=3, answers=A, p=0.4):  # few shapes: each compiles for seconds
     rng = np.random.default_rng(seed)
     return (rng.random((B, n, S, answers)) < p).astype(np.float32)
 
 
 def test_the_mean_over_sets_is_unweighted():
-    sets = {"few": make(random_scores(0, 10, p=0.9)), "many": make(random_scores(1, 30, p=0.1))}
+    sets = {"few": make(random_scores(0, PROBLEMS, p=0.9)), "many": make(random_scores(1, 30, p=0.1))}
     record = summary.summarize(sets, (3, 6, 9), 0)
     few, many = (record["sets"][name] for name in sets)
     for key in ("accuracy", "anytime", "pass@4", "maj@4", "regret@9", "mean_length"):
         np.testing.assert_allclose(record[key], (np.array(few[key]) + many[key]) / 2, rtol=1e-6)
-    assert record["problems"] == 40 and few["problems"] == 10
+    assert record["problems"] == 30 + PROBLEMS and few["problems"] == PROBLEMS
     draws = [
         np.asarray(summary.counts_of(name, len(one.id), 0)) @ one.correct.mean(axis=(1, 2, 3)) / len(one.id)
         for name, one in sets.items()
@@ -517,13 +560,13 @@ def test_the_mean_over_sets_is_unweighted():
 
 def test_a_mean_of_nothing_is_none():
     """No trace is right: no mean length of the right ones. Few are: the interval is of resamples that have one."""
-    zero = np.zeros((30, 4, 3, 2))
+    zero = np.zeros((30, N, 3, A))
     record = summary.summarize({"x": make(zero)}, (3, 6, 9), 0)
     assert record["mean_length_correct"] is None and record["mean_length_correct_ci95"] == [None, None]
     assert record["mean_length_wrong"] == 9 and record["accuracy_ci95"] == [[0, 0]] * 3
     one = zero.copy()
     one[4, 1] = 1
-    length = np.full((30, 4), 9)
+    length = np.full((30, N), 9)
     length[4, 1] = 7
     record = summary.summarize({"x": make(one, length)}, (3, 6, 9), 0)
     assert record["mean_length_correct"] == 7 and record["mean_length_correct_ci95"] == [7, 7]
@@ -570,7 +613,7 @@ def test_scores_on_disk(kept, tmp_path):
 
 
 def evaluated(name, sets, **changes):
-    about = {"budgets": [3, 6, 9], "traces": 4, "answers": 2, "temperature": 0.6, "evaluation_seed": 0}
+    about = {"budgets": [3, 6, 9], "traces": N, "answers": A, "temperature": 0.6, "evaluation_seed": 0}
     return comparison.Evaluated(name, about | {"regret_tokens": [9]} | changes, sets)
 
 
@@ -605,7 +648,7 @@ def test_interval_is_that_of_the_paired_bootstrap():
 
 def test_pairing_narrows_and_equal_runs_do_not_differ():
     rng = np.random.default_rng(5)
-    a = np.repeat((rng.random((30, 1, 1, 1)) < 0.5), 4, axis=1).repeat(3, axis=2).repeat(2, axis=3).astype(float)
+    a = np.repeat((rng.random((30, 1, 1, 1)) < 0.5), N, axis=1).repeat(3, axis=2).repeat(2, axis=3).astype(float)
     b = np.where(rng.random(a.shape) < 0.05, 1 - a, a)
     sides = [evaluated(name, {"x": make(x)}) for name, x in (("a", a), ("b", b))]
     low, high = comparison.compare(*sides)["metrics"]["anytime"]["ci95"]
@@ -619,9 +662,14 @@ def test_pairing_narrows_and_equal_runs_do_not_differ():
 def test_sets_of_both_are_compared_and_the_others_named():
     sides = [
         evaluated(
-            "a", {"x": make(random_scores(0, 30)), "y": make(random_scores(1, 10)), "z": make(random_scores(2, 10))}
+            "a",
+            {
+                "x": make(random_scores(0, 30)),
+                "y": make(random_scores(1, PROBLEMS)),
+                "z": make(random_scores(2, PROBLEMS)),
+            },
         ),
-        evaluated("b", {"y": make(random_scores(3, 10)), "x": make(random_scores(4, 30))}, temperature=1.0),
+        evaluated("b", {"y": make(random_scores(3, PROBLEMS)), "x": make(random_scores(4, 30))}, temperature=1.0),
     ]
     record = comparison.compare(*sides)
     assert list(record["sets"]) == ["x", "y"]
@@ -645,7 +693,7 @@ def test_what_cannot_be_compared_is_refused():
     a = evaluated("a", x)
     for other, said in (
         (evaluated("b", x, budgets=[3, 6, 12]), r"budgets differ: a has \[3, 6, 9\], b has \[3, 6, 12\].*--budgets"),
-        (evaluated("b", x, traces=8), "traces differ: a has 4, b has 8.*--traces"),
+        (evaluated("b", x, traces=8), "traces differ: a has 5, b has 8.*--traces"),
         (evaluated("b", {"y": x["x"]}), r"no set is shared: a has \['x'\], b has \['y'\]"),
         (evaluated("b", {"x": make(random_scores(0, 30), ids=range(50, 80))}), "share no problem"),
     ):

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -21,9 +23,11 @@ from configs import chain, common, peak
 from tto_jax import (
     checkpoint,
     evaluation,
+    host,
     inputs,
     learner,
     metrics,
+    profiling,
     report,
     settings,
     sharding,
@@ -62,7 +66,7 @@ SMALL = {
     "log.samples_every": 2,
     "log.samples": 2,
 }
-TIMES = re.compile(r"^seconds(/|$)")
+TIMES = re.compile(r"^(seconds$|seconds/|speed/|memory/)")
 
 
 def config_of(cache, **changes):
@@ -73,10 +77,10 @@ def config_of(cache, **changes):
     return config
 
 
-def run(workdir, **changes):
+def run(workdir, profile_steps=(), **changes):
     flags.FLAGS.mark_as_parsed()  # the page's own flags at their defaults
     config = config_of(workdir.parent, **changes)
-    train.train(config, settings.build(config), epath.Path(workdir))
+    train.train(config, settings.build(config), epath.Path(workdir), profile_steps=profile_steps)
     return workdir
 
 
@@ -183,6 +187,9 @@ def test_rows_have_what_the_page_promises(rows):
     names |= {f"loss/{name}" for name in ("total", "kl_old", "clip_fraction", "ratio_min", "ratio_max")}
     names |= {"loss/share_thinking", "loss/share_answers", "update/grad_norm", "update/skipped"}
     names |= {f"seconds/{phase}" for phase in ("think", "answer", "grade", "credit", "score", "update", "step")}
+    names |= {"speed/tokens_per_second", "speed/mfu", "speed/goodput"}
+    names |= {f"{name}/{p}" for name in ("flops", "speed/mfu") for p in ("think", "answer", "score", "update")}
+    names |= {f"memory/{name}" for name in ("in_use", "peak", "limit")}
     for row in rows:
         assert names - set(row) == set()
         phases = sum(value for name, value in row.items() if name.startswith("seconds/") and name != "seconds/step")
@@ -208,6 +215,9 @@ def test_numbers_are_possible(rows):
         # 16 traces of up to 6 tokens, 2 budgets x 2 one-token answers each.
         assert row["length/mean"] * 16 + 64 == pytest.approx(row["tokens"] - tokens)
         assert row["seconds"] > seconds
+        assert row["speed/tokens_per_second"] * row["seconds/step"] == pytest.approx(row["tokens"] - tokens, rel=0.05)
+        assert 0 < row["speed/goodput"] < 1
+        assert row["flops/update"] == 3 * row["flops/score"] > row["flops/think"] > row["flops/answer"] > 0
         tokens, seconds = row["tokens"], row["seconds"]
 
 
@@ -294,6 +304,36 @@ def test_an_evaluation_on_a_mesh_fills_its_rows(base):
         np.testing.assert_array_equal(getattr(alone, name), getattr(many, name))
 
 
+def test_steps_are_profiled(base):
+    """The traces of the named steps have a name for everything that a step does."""
+    workdir = base / "profiled"
+    run(workdir, profile_steps=(2, 4), steps=4, evaluation__every=2)
+    folder = workdir / "profile" / "plugins" / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_2", "step_4"]
+    for path in folder.glob("*/process_0.xplane.pb"):
+        found = jax.profiler.ProfileData.from_file(str(path))
+        events = [event for plane in found.planes for line in plane.lines for event in line.events]
+        names = {event.name for event in events}
+        assert {"train", *profiling.PHASES, "evaluation", "save"} <= names
+        steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+        assert steps == [int(path.parent.name.removeprefix("step_"))]
+    assert metrics.read_rows(workdir)[-1]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("", ()), ("3", (3,)), ("3:5", (3, 4, 5)), ("9,1:2, 2:3", (1, 2, 3, 9)), ("10", (10,)), ("7:7", (7,))],
+)
+def test_profile_steps_are_numbers_and_ranges(text, steps):
+    assert profiling.parse_steps(text, 10) == steps
+
+
+@pytest.mark.parametrize("text", ["0", "11", "5:3", "3-5", "3:", "3,,5", "a", "3,", "-1", "2:11", "1.5"])
+def test_profile_steps_that_are_none(text):
+    with pytest.raises(ValueError, match=re.escape(f"profile_steps={text!r}: ") + ".*which has 1 to 10.*such as 3 or"):
+        profiling.parse_steps(text, 10)
+
+
 def test_samples_are_readable(whole):
     text = (whole[0] / "samples.txt").read_text()
     samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
@@ -335,6 +375,7 @@ def test_a_finished_run_is_left_alone(whole):
 def test_an_exception_loses_nothing(whole, base, monkeypatch, stop):
     """The process dies between two checkpoints: the rows since the last one are dropped and written again."""
     workdir = base / f"raised_{stop}"
+    threads, begin = threading.active_count(), time.time()
     write = metrics.MetricsWriter.write
 
     def write_and_raise(writer, step, row):
@@ -345,8 +386,17 @@ def test_an_exception_loses_nothing(whole, base, monkeypatch, stop):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(metrics.MetricsWriter, "write", write_and_raise)
         run(workdir)
+    assert threading.active_count() <= threads + 1, "writers, checkpoints and the notice are closed"
+    again = time.time()
     run(workdir)
     assert_same_run(workdir, whole[0])
+
+    # The share of the steps that count, of all the time since the first start.
+    *_, last = (row for row in metrics.read_rows(workdir) if "score/anytime" in row)
+    elapsed = last["seconds"] / last["speed/goodput"]
+    assert again - begin < elapsed < time.time() - begin
+    steps = sum(row["seconds/step"] for row in metrics.read_rows(workdir) if "score/anytime" in row)
+    assert last["seconds"] == pytest.approx(steps, rel=0.05)
 
 
 KILLED = """
@@ -413,9 +463,25 @@ def test_evaluate_then_report(whole, tmp_path, capsys):
     assert {name: run["variant"] for name, run in summary["runs"].items()} == {"whole": "brpo", "warm": "warm_start"}
 
 
+def test_programs_are_compiled_once(monkeypatch, tmp_path):
+    """A page keeps them by default: below the user's cache; elsewhere or nowhere if told; not one folder a host."""
+    given = []
+    monkeypatch.setattr(jax.config, "update", lambda *arguments: given.append(arguments))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    host.keep_compiled_programs()
+    assert given == [("jax_compilation_cache_dir", str(tmp_path / "tto_jax" / "jax_cache"))]
+    with monkeypatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        host.keep_compiled_programs()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    host.keep_compiled_programs()
+    assert len(given) == 1
+
+
 def test_dry_run_writes_nothing(tmp_path):
     options = (f"--config={ROOT}/configs/peak.py:grpo,fast", f"--workdir={tmp_path / 'run'}", "--dry_run")
-    done = page("train", *options, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = page("train", *options, "--profile_steps=5", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     for words in ("parameters", "budgets", "[24] tokens", "bytes of KV cache", "LossConfig", "learning_rate: 0.001"):
         assert words in done.stdout

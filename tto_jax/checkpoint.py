@@ -5,6 +5,7 @@ with a flipped bit silently; here whatever comes back is what was saved, or an e
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,6 @@ from orbax.checkpoint import checkpoint_managers
 from tto_jax import preemption
 
 PyTree = Any
-_ABSENT = object()
 _RECORD = "record.json"
 # Said by storage of itself, not of what is stored: such an error is no reason to give up a checkpoint.
 _STORAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
@@ -227,6 +227,7 @@ class Checkpointer:
             },
         )
 
+    @functools.partial(jax.profiler.annotate_function, name="save")
     def save(self, step: int, state: PyTree, host: dict) -> bool:
         """Starts to write `state` (arrays and numbers) and `host` (JSON-able); returns once both are copied off device.
 
@@ -246,6 +247,10 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The steps that were saved, and the one that is being saved."""
         return sorted(self._manager.all_steps())
+
+    def written(self) -> list[int]:
+        """The steps that are on the disk, whole; without the one that is being saved. Any thread may ask."""
+        return sorted(ocp.utils.checkpoint_steps(self.directory))
 
     def latest_step(self) -> int | None:
         """The last of them, or None."""
@@ -429,6 +434,39 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(have: dict, give: dict) -> list[tuple[str, str, str]]:
+    """`(path, text, text)` of every field in which two nested dicts of JSON-able values differ, by dotted path.
+
+    The texts are the values of `have` and of `give` as canonical JSON, `nothing` where there is none. Tuples are lists.
+    """
+    have, give = _flat(have), _flat(give)
+
+    def show(flat: dict, name: str) -> str:
+        return _canonical(flat[name]) if name in flat else "nothing"
+
+    both = [(name, show(have, name), show(give, name)) for name in sorted(have.keys() | give.keys())]
+    return [(name, a, b) for name, a, b in both if a != b]
+
+
+def check_config(where: epath.PathLike, have: dict, give: dict, overridable: tuple[str, ...] = ()) -> None:
+    """Raises ValueError if what lies in `where` has another configuration than the one given; every field is listed.
+
+    overridable: dotted paths, of fields or whole sections, that may differ.
+    """
+    differ = [
+        f"{name}: run has {a}, you gave {b}"
+        for name, a, b in differences(have, give)
+        if not any(name == o or name.startswith(o + ".") for o in overridable)
+    ]
+    if differ:
+        raise ValueError(
+            f"{where} belongs to another configuration:\n  "
+            + "\n  ".join(differ)
+            + "\nA workdir belongs to one configuration; choose another --workdir or restore these values."
+            + (f" (These may change: {', '.join(overridable)}.)" if overridable else "")
+        )
+
+
 def claim_workdir(workdir: epath.PathLike, config: dict, *, overridable: tuple[str, ...] = ()) -> None:
     """Writes `workdir/config.json`, or checks that the run in `workdir` has this configuration.
 
@@ -446,27 +484,10 @@ def claim_workdir(workdir: epath.PathLike, config: dict, *, overridable: tuple[s
     if path.exists():
         old_text = path.read_text()
         try:
-            have = _flat(json.loads(old_text))
+            have = json.loads(old_text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON ({error}); restore it or choose another --workdir.") from error
-        give = _flat(json.loads(text))
-
-        def show(value) -> str:
-            return "nothing" if value is _ABSENT else _canonical(value)
-
-        differ = [
-            f"{name}: run has {show(have.get(name, _ABSENT))}, you gave {show(give.get(name, _ABSENT))}"
-            for name in sorted(have.keys() | give.keys())
-            if show(have.get(name, _ABSENT)) != show(give.get(name, _ABSENT))
-            and not any(name == o or name.startswith(o + ".") for o in overridable)
-        ]
-        if differ:
-            raise ValueError(
-                f"{workdir} belongs to another configuration:\n  "
-                + "\n  ".join(differ)
-                + "\nA workdir belongs to one configuration; choose another --workdir or restore these values."
-                + (f" (These may change: {', '.join(overridable)}.)" if overridable else "")
-            )
+        check_config(workdir, have, json.loads(text), overridable)
         if old_text == text:
             return
     if jax.process_index() == 0:

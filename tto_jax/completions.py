@@ -1,7 +1,8 @@
 """Kept completions: what an evaluation has sampled and how it was graded, as compressed JSON lines in parts.
 
-A part is one rollout. It is written beside its place and renamed, so that what lies there is whole, and an evaluation
-that was killed goes on from its parts. One line a trace:
+A part is what one shard of the rows samples in a rollout, and one process writes it: beside its place, then renamed, so
+that what lies there is whole, and an evaluation that was killed goes on from its parts, with as many processes as there
+are then. One line a trace:
 
     id, index              of the problem: its hash, its place in the set
     trace                  number of the trace, from 0
@@ -26,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from tto_jax import checkpoint
 from tto_jax.core.types import Answers, Traces
 from tto_jax.grading import Graded
 from tto_jax.models.decoder import Params
@@ -36,7 +39,6 @@ from tto_jax.tokenizer import Tokenizer
 
 Columns = dict[str, np.ndarray]  # one row a trace
 
-_ABSENT = object()
 _MIXER = np.uint32(2 * 0x4F1BBCDD)  # even, so that a place's factor is odd: a changed bit always shows modulo 2**32
 
 
@@ -131,34 +133,70 @@ def read(path: epath.Path) -> list[dict]:
         raise ValueError(f"{path} is damaged ({error}): remove it, and its part is sampled again.") from error
 
 
+def parts_in(folder: epath.Path) -> set[str]:
+    """Names of the parts of a set, as process 0 sees them. With several processes all must call."""
+    seen = sorted(path.name for path in folder.glob("*.jsonl.gz")) if folder.exists() else []
+    return set(_gather(seen)[0])
+
+
+def gather(mine: dict[int, list[dict]]) -> dict[int, list[dict]]:
+    """The lines of all processes, by part, on every process; texts, which `columns` does not need, are left out.
+
+    With several processes all must call.
+    """
+    if jax.process_count() == 1:
+        return mine
+
+    def short(line: dict) -> dict:
+        answers = [[{**answer, "text": ""} for answer in column] for column in line["answers"]]
+        return {**line, "text": "", "answers": answers}
+
+    everyone = _gather([[number, [short(line) for line in found]] for number, found in mine.items()])
+    return {number: found for theirs in everyone for number, found in theirs}
+
+
+def _gather(value: list) -> list[list]:
+    """JSON-able lists of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(gzip.compress(json.dumps(value).encode()), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # every other size would compile a program
+    padded[: len(data)] = data
+    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(gzip.decompress(theirs[:size].tobytes())) for theirs, size in zip(everyone, sizes)]
+
+
+def claimed(folder: epath.Path) -> dict | None:
+    """The identity of the parts in `folder/completions`, as `claim` wrote it; None if there are no parts."""
+    path = folder / "options.json"
+    return json.loads(path.read_text()) if path.exists() and any(folder.glob("completions/*/*.jsonl.gz")) else None
+
+
 def claim(folder: epath.Path, identity: dict) -> None:
     """Writes `folder/options.json`, or checks that the parts in `folder/completions` are of this evaluation.
 
-    Raises ValueError, with every difference, if they are of another one.
+    With several processes all check, and the first one writes. Raises ValueError, with every difference, if the parts
+    are of another evaluation.
     """
-    path, text = folder / "options.json", json.dumps(identity, indent=2, sort_keys=True) + "\n"
-    if path.exists() and any(folder.glob("completions/*/*.jsonl.gz")):
-        have, give = _flat(json.loads(path.read_text())), _flat(json.loads(text))
-        differ = [
-            f"{name}: {_shown(have, name)} there, {_shown(give, name)} here"
-            for name in sorted(have.keys() | give.keys())
-            if _shown(have, name) != _shown(give, name)
-        ]
-        if differ:
+    have = claimed(folder)
+    if have is not None:
+        if differ := checkpoint.differences(have, identity):
             raise ValueError(
                 f"{folder} holds completions of another evaluation:\n  "
-                + "\n  ".join(differ)
+                + "\n  ".join(f"{name}: {there} there, {here} here" for name, there, here in differ)
                 + f"\nGive --out=DIR, restore these options, or remove {folder}."
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"options.json.tmp-{uuid.uuid4().hex[:8]}"
-    temporary.write_text(text)
-    temporary.replace(path)
+    elif jax.process_index() == 0:
+        path = folder / "options.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{path.name}.tmp-{uuid.uuid4().hex[:8]}"
+        temporary.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path)
 
 
 def identity(settings: Settings, params: Params, sets: dict[str, Sequence[Problem]], options, task: dict) -> dict:
-    """Everything that decides the completions, the code left out.
+    """Everything that decides the completions, the code left out; the mesh does not.
 
     settings, params: of the model. sets: problems by name. options: of the evaluation, a dataclass. task: the
     configuration's section.
@@ -174,7 +212,7 @@ def identity(settings: Settings, params: Params, sets: dict[str, Sequence[Proble
             "elicit_ended": tokenizer.elicit_ended,
             "elicit_cut": tokenizer.elicit_cut,
         },
-        "model": dataclasses.asdict(settings.model),
+        "model": dataclasses.asdict(dataclasses.replace(settings.model, kv_copies=1)),  # which follow the mesh
         "parameters": fingerprint(params),
     }
 
@@ -199,16 +237,3 @@ def fingerprint(params: Params) -> str:
     sums = jax.device_get(jax.jit(lambda leaves: [checksum(x) for x in leaves])([x for _, x in named]))
     facts = [(jax.tree_util.keystr(path), x.shape, str(x.dtype), int(n)) for (path, x), n in zip(named, sums)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        inner = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
-
-
-def _shown(flat: dict, name: str) -> str:
-    value = flat.get(name, _ABSENT)
-    return "nothing" if value is _ABSENT else json.dumps(value)

@@ -8,12 +8,16 @@ RUN is a training run's workdir; DIR of --model a Hugging Face directory or a co
 --answers, --temperature, --seed and --problems replace what the configuration's section `evaluation` says.
 
 Writes OUT/evaluation/ (OUT is the workdir unless given): results.json, scores.npz, curve.png, options.json, and every
-completion as completions/SET/00000.jsonl.gz. An evaluation that was killed goes on when called again.
+completion as completions/SET/00000.jsonl.gz. An evaluation that was killed, or stopped by SIGTERM, goes on when called
+again, also on another mesh or number of processes. Several processes are started as those of training, with one OUT
+that all can read and write.
 """
 
 import dataclasses
+import functools
 import io
 import json
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -25,10 +29,12 @@ from tto_jax import (
     checkpoint,
     comparison,
     completions,
+    distributed,
     evaluation,
     host,
     inputs,
     metrics,
+    preemption,
     pretrained,
     report,
     settings,
@@ -37,6 +43,7 @@ from tto_jax import (
     warm_start,
 )
 from tto_jax.models import decoder
+from tto_jax.tasks import Problem
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, for a model without a run.", lock_config=True, allow_override=True
@@ -61,7 +68,7 @@ _MESH = flags.DEFINE_list(
 _ROWS = flags.DEFINE_integer(
     "rows",
     None,
-    "Most traces of one rollout; default: what takes half of the device's memory, at most 256.",
+    "Most traces that one device samples at once; default: what takes half of its memory, at most 256.",
     lower_bound=1,
 )
 _REGRET = flags.DEFINE_list("regret_tokens", None, "Where normalised regret is taken; default: the last budget.")
@@ -84,30 +91,51 @@ def main(argv):
         compare(argv[1:])
         return
     check_usage(argv)
+    distributed.initialize()
     host.set_up()
     subject = requested()
     config = subject.config
     plan = settings.build(config)
-    mesh = sharding.mesh_of(plan.mesh)
+    mesh = mesh_of(plan)
     plan = plan.on(mesh)
-    rows = _ROWS.value or 0
-    options = evaluation.Options.from_config(config.evaluation, rows)
+    options = evaluation.Options.from_config(config.evaluation)
     limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
+    folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
+    say(distributed.banner(mesh))
+    given = f"{folder} --rows={_ROWS.value} --step={_STEP.value} --warm_start={_WARM_START.value}"
+    configuration = config.to_json(sort_keys=True)
+    distributed.check_same({"configuration": configuration, "code": host.commit(), "set of flags": given})
     sets = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     for name, found in sets.items():
-        print(f"{name}: {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long", flush=True)
-    params, step = load(subject, plan, mesh)
-    folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
-    options = dataclasses.replace(options, rows=rows or kept_rows(folder) or evaluation.default_rows(plan, options))
+        say(f"{name}: {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
     problems = {name: found.problems for name, found in sets.items()}
-    completions.claim(folder, completions.identity(plan, params, problems, options, config.task.to_dict()))
-    with sharding.use(mesh):
-        results = sample(plan, params, sets, options, folder)
-    record = summary.summarize(results, options.budgets, options.seed, tuple(limits))
-    for name, found in sets.items():
-        record["sets"][name]["dropped"] = found.dropped
-    record |= about(subject, options, limits, step, results)
-    write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
+    # Every part is safe once it is written: a notice may end the page at any moment.
+    with preemption.Notice(may_end=lambda: True) as stop, sharding.use(mesh):
+        try:
+            params, step = load(subject, plan, mesh)
+            stop.check("load")
+            largest = max(map(len, problems.values()))
+            rows = _ROWS.value or kept_rows(folder) or evaluation.default_rows(plan, options, largest)
+            options = dataclasses.replace(options, rows=rows)
+            identity = completions.identity(plan, params, problems, options, config.task.to_dict())
+            distributed.check_same({"evaluation": json.dumps(identity, sort_keys=True)})
+            completions.claim(folder, identity)
+            results = sample(plan, params, problems, options, folder, stop)
+        except preemption.Stopped as stopped:
+            say(f"{stopped}: what was sampled is kept in {folder}, the same command goes on from there")
+            return
+    if jax.process_index() == 0:
+        record = summary.summarize(results, options.budgets, options.seed, tuple(limits))
+        for name, found in sets.items():
+            record["sets"][name]["dropped"] = found.dropped
+        record |= about(subject, options, limits, step, results)
+        write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
+
+
+def say(text: str) -> None:
+    """A line for the reader, from process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def check_usage(argv) -> None:
@@ -204,6 +232,17 @@ def override(wanted: ConfigDict) -> None:
         wanted.update({name: value for name, value in given.items() if value is not None})
 
 
+def mesh_of(plan: settings.Settings) -> jax.sharding.Mesh | None:
+    """The mesh, which has the devices of all processes."""
+    mesh = sharding.mesh_of(plan.mesh)
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh={plan.mesh} is one device, and there are {jax.process_count()} processes with "
+            f"{jax.device_count()} devices: choose all of them with --mesh=1,-1,1"
+        )
+    return mesh
+
+
 def load(subject: Subject, plan: settings.Settings, mesh):
     """(parameters on the mesh, step): of a checkpoint, of the warm start, or of a model without a run."""
     config, workdir, kv_heads = subject.config, subject.workdir, plan.model.num_kv_heads
@@ -211,8 +250,11 @@ def load(subject: Subject, plan: settings.Settings, mesh):
     if workdir is None:
         layout = None if mesh is None else sharding.shardings(mesh, like, kv_heads)
         return pretrained.find(config.init).load(plan.model, layout), 0
-    if _WARM_START.value:
+    if _WARM_START.value and jax.process_count() == 1:
         return sharding.place(mesh, warm_start.get(config, plan, workdir), kv_heads), 0
+    if _WARM_START.value:
+        like = sharding.abstract(mesh, like, kv_heads)
+        return checkpoint.load_params(warm_start.cache_path(config, workdir), like)[0], 0
     if not (workdir / "checkpoints").exists():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
     like = sharding.abstract(mesh, like, kv_heads)
@@ -221,23 +263,27 @@ def load(subject: Subject, plan: settings.Settings, mesh):
 
 def kept_rows(folder: epath.Path) -> int:
     """The rows of the parts that lie in `folder`, so that an evaluation goes on with them; 0 if there are none."""
-    path = folder / "options.json"
-    return json.loads(path.read_text())["options"]["rows"] if path.exists() else 0
+    claimed = completions.claimed(folder)
+    return claimed["options"]["rows"] if claimed else 0
 
 
-def sample(plan, params, sets, options, folder: epath.Path) -> dict[str, evaluation.Evaluation]:
+def sample(
+    plan, params, sets: dict[str, Sequence[Problem]], options, folder: epath.Path, stop: preemption.Notice
+) -> dict[str, evaluation.Evaluation]:
     """Every set, part by part, under a progress bar that counts traces."""
     results, done = {}, 0
-    with metrics.Progress(sum(len(found.problems) for found in sets.values()) * options.traces, name="evaluate") as bar:
-        for name, found in sets.items():
+    poll = functools.partial(stop.check, "evaluation")
+    with metrics.Progress(sum(map(len, sets.values())) * options.traces, name="evaluate") as bar:
+        for name, problems in sets.items():
 
             def on_part(traces, accuracy, name=name):
                 nonlocal done
                 done += traces
                 bar.update(done, {"set": name, "final": accuracy})
 
+            kept = folder / "completions" / name
             results[name] = evaluation.evaluate(
-                plan, params, found.problems, options, folder=folder / "completions" / name, on_part=on_part
+                plan, params, problems, options, folder=kept, on_part=on_part, poll=poll
             )
     return results
 
@@ -259,7 +305,7 @@ def about(subject: Subject, options, limits, step, results) -> dict:
         "warm_start_seed": None if inputs.is_pretrained(config) else config.warm_start.seed,
         **training_totals(subject.workdir, step),
         "evaluation_tokens": sum(result.tokens for result in results.values()),
-        "timing": {  # of this process: what was read back took none
+        "timing": {  # of this call: what was read back took none
             "seconds": seconds,
             "tokens": new_tokens,
             "tokens_per_second": new_tokens / seconds if seconds else None,
@@ -319,4 +365,4 @@ def compare(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(distributed.ends_all(main))

@@ -1,11 +1,13 @@
 """Accuracy at budgets: rollouts whose forks are the evaluation's budgets, answers decoded from the shared traces.
 
 Keys depend on the seed, the problem, the trace and the answer only: runs are compared on common random numbers,
-whatever the rows of a rollout.
+whatever the rows of a rollout, the mesh and the processes. A set is divided into parts; in a rollout every shard of the
+rows samples one, and the process that has the shard grades it and keeps its completions.
 """
 
 import dataclasses
 import io
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +38,7 @@ class Options:
     answers: int  # A, of each trace at each budget
     temperature: float
     seed: int
-    rows: int = 0  # most traces of one rollout; 0: by the device's memory, see `default_rows`
+    rows: int = 0  # most traces of one part; 0: see `default_rows`
 
     def __post_init__(self):
         BudgetSchedule.from_prior(self.budgets)
@@ -79,8 +81,8 @@ class Evaluation:
     prompt_length: np.ndarray  # i32[B]
     id: np.ndarray  # u32[B]
     grading: dict[str, int]  # answers that were judged in each way
-    seconds: float = 0.0  # that this process has spent on sampling and grading
-    new_tokens: int = 0  # that this process has sampled; the others were read back
+    seconds: float = 0.0  # spent on sampling and grading
+    new_tokens: int = 0  # sampled in these seconds, by all processes; the others were read back
 
     @property
     def tokens(self) -> int:
@@ -93,15 +95,16 @@ ARRAYS = tuple(field.name for field in dataclasses.fields(Evaluation))[:-3]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One rollout: all traces of some problems, or some traces of one problem."""
+    """What a shard samples in one rollout: all traces of some problems, or some traces of one problem."""
 
     number: int
     problems: range
     traces: range
 
 
-def default_rows(settings: Settings, options: Options) -> int:
-    """Traces whose rollout takes about half of the device's memory, in 1..256.
+def default_rows(settings: Settings, options: Options, problems: int) -> int:
+    """Traces of a part: those that take about half of a device's memory, at most 256; at most an even share of
+    `problems` for each shard of the context's mesh.
 
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
     one layer's attention scores of the answers (or of the prompt's prefill).
@@ -113,11 +116,12 @@ def default_rows(settings: Settings, options: Options) -> int:
     scores = 4 * model.num_heads * max(size * trunk, settings.prompt_pad**2)
     device = jax.local_devices()[0].memory_stats() or {}
     memory = device.get("bytes_limit", UNKNOWN_MEMORY) // 2
-    return int(np.clip(memory // (kv + 3 * 4 * size * model.vocab_size + scores), 1, MOST_ROWS))
+    share = -(-problems // sharding.whole_rows(1)) * options.traces
+    return int(np.clip(memory // (kv + 3 * 4 * size * model.vocab_size + scores), 1, min(MOST_ROWS, share)))
 
 
 def parts(problems: int, traces: int, rows: int) -> Iterator[Part]:
-    """Rollouts of at most `rows` traces, in the order of problems and traces."""
+    """Parts of at most `rows` traces, in the order of problems and traces."""
     pieces = -(-traces // rows)
     group = -(-traces // pieces)  # traces of a problem in a rollout: as even as can be
     batch = max(rows // group, 1) if pieces == 1 else 1
@@ -126,6 +130,14 @@ def parts(problems: int, traces: int, rows: int) -> Iterator[Part]:
         for first in range(0, traces, group):
             yield Part(number, range(begin, min(begin + batch, problems)), range(first, min(first + group, traces)))
             number += 1
+
+
+def rounds(todo: Sequence[Part], shards: int) -> Iterator[list[Part]]:
+    """At most `shards` parts at a time, which one rollout samples: their traces have the same numbers."""
+    for first in sorted({part.traces.start for part in todo}):
+        alike = [part for part in todo if part.traces.start == first]
+        for begin in range(0, len(alike), shards):
+            yield alike[begin : begin + shards]
 
 
 def evaluate(
@@ -142,19 +154,19 @@ def evaluate(
 
     Args:
       settings: of the run; its rollout gives the tokens that are inserted.
-      params: of the model.
+      params: of the model, on the context's mesh. With several processes it has all their devices.
       problems: at least one; their prompts fit.
       options: what is sampled.
-      folder: where the completions are kept. Parts that are there are read back, not sampled again.
+      folder: where the completions are kept, of all processes. Parts that are there are read back, not sampled again.
       on_part: called after every part with its number of traces and its accuracy at the last budget.
-      poll: called between the segments of a rollout and after every part; what it raises ends the evaluation.
+      poll: called between the segments of a rollout and at its end; what it raises ends the evaluation.
 
     Returns:
-      The scores: the same, to the bit, whether parts were read back or not.
+      The scores, on every process: the same, to the bit, whether parts were read back or not.
     """
     if not len(problems):
         raise ValueError("there are no problems to evaluate")
-    rows = options.rows or default_rows(settings, options)
+    rows = options.rows or default_rows(settings, options, len(problems))
     params = rollout.weights(settings.model, params)
     plan = list(parts(len(problems), options.traces, rows))
     config = dataclasses.replace(
@@ -164,57 +176,80 @@ def evaluate(
         answers=options.answers,
         sample=SampleConfig(temperature=options.temperature),
     )
-    found, seconds, new_tokens = [], 0.0, 0
+    found, seconds, new_tokens = {}, 0.0, 0
+
+    def add(part, lines):
+        found[part.number] = columns = completions.columns(lines)
+        on_part(len(lines), float(columns["correct"][:, -1].mean()))
+
+    there = completions.parts_in(folder) if folder else ()
     for part in plan:
-        path = completions.part_path(folder, part.number) if folder else None
-        chosen = [problems[i] for i in part.problems]
-        if path and path.exists():
-            kept = completions.read(path)
-            _check_part(path, kept, _names(part, chosen))
-            columns = completions.columns(kept)
-        else:
-            begin = time.perf_counter()
-            fresh = _sample(settings, config, params, chosen, part, len(plan[0].problems), options, poll)
-            columns = completions.columns(fresh)
-            seconds += time.perf_counter() - begin
-            new_tokens += int(columns["length"].sum() + columns["answer_length"].sum())
-            if path:
-                completions.write(path, fresh)
-        found.append(columns)
-        on_part(len(columns["id"]), float(columns["correct"][:, -1].mean()))
+        if folder and (path := completions.part_path(folder, part.number)).name in there:
+            add(part, _read_back(path, part, problems))
+    for together in rounds([part for part in plan if part.number not in found], sharding.whole_rows(1)):
+        begin = time.perf_counter()
+        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, poll)
+        for number, lines in mine.items() if folder else ():
+            completions.write(completions.part_path(folder, number), lines)
+        everyone = completions.gather(mine)
+        seconds += time.perf_counter() - begin
+        for part in together:
+            add(part, everyone[part.number])
+            new_tokens += int(sum(found[part.number][name].sum() for name in ("length", "answer_length")))
         poll()
-    return _assemble(found, len(problems), seconds, new_tokens)
+    return _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
 
 
-def _sample(settings, config, params, chosen, part, batch_size, options, poll) -> list[dict]:
-    """The lines of one part. The rollout may have more rows: repeated problems or traces that only fill it."""
-    batch = next(
-        data.evaluation_batches(chosen, settings.tokenizer, sharding.whole_rows(batch_size), settings.prompt_pad)
-    )
-    prompts = sharding.put(batch.prompts, sharding.ROWS)  # every process has the whole batch
+def _sample(settings, config, params, problems, together, size, options, poll) -> dict[int, list[dict]]:
+    """The lines of those parts of a round that this process has, by number.
+
+    Every shard has room for `size` problems; repeated problems, traces and parts only fill it.
+    """
+    shards = sharding.whole_rows(1) // jax.process_count()  # those of a process are consecutive
+    first = jax.process_index() * shards
+    mine = together[first : first + shards]
+    filled = [*mine, *together[-1:] * (shards - len(mine))]
+    batches = [
+        next(data.evaluation_batches(_of(part, problems), settings.tokenizer, size, settings.prompt_pad))
+        for part in filled
+    ]
+    prompts = jax.tree.map(lambda *x: np.concatenate(x), *[batch.prompts for batch in batches])
+    on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
     schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
-    traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, part.traces.start, poll)
+    numbers = together[0].traces
+    traces, trunk = rollout.sample_traces(settings.model, config, params, on_device, key, numbers.start, poll)
     forks = rollout.cut(traces.length, schedule)
     answers = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
-    # Part of the traces only where there is one problem: what fills the rollout is at its end.
-    number = len(chosen) * len(part.traces)
-    traces, forks, answers = jax.tree.map(
-        lambda x: x[:number], sharding.gather(sharding.local_rows((traces, forks, answers)))
-    )
+    local = sharding.local_rows((traces, forks, answers))
+    if not mine:
+        return {}
+
+    # Without what only fills; rows are of a shard's problems, rows of the rollout of their traces.
+    rows = np.concatenate([size * shard + np.arange(len(part.problems)) for shard, part in enumerate(mine)])
+    of_trace = (rows[:, None] * config.group_size + np.arange(len(numbers))).reshape(-1)
+    traces, forks, answers = jax.tree.map(lambda x: x[of_trace], local)
+    chosen = [problem for part in mine for problem in _of(part, problems)]
     graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
-    length = np.repeat(batch.prompts.length[: len(chosen)], len(part.traces))
-    return completions.lines(settings.tokenizer, _names(part, chosen), length, traces, forks, answers, graded)
+    names = [name for part in mine for name in _names(part, problems)]
+    length = np.repeat(prompts.length[rows], len(numbers))
+    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded))
+    return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
 
 
-def _names(part: Part, chosen: Sequence[Problem]) -> list[dict]:
-    numbered = zip(part.problems, chosen)
-    return [{"id": int(problem.id), "index": i, "trace": t} for i, problem in numbered for t in part.traces]
+def _of(part: Part, problems: Sequence[Problem]) -> list[Problem]:
+    return [problems[i] for i in part.problems]
 
 
-def _check_part(path, kept, names) -> None:
-    if [{name: line.get(name) for name in ("id", "index", "trace")} for line in kept] != names:
+def _names(part: Part, problems: Sequence[Problem]) -> list[dict]:
+    return [{"id": int(problems[i].id), "index": i, "trace": t} for i in part.problems for t in part.traces]
+
+
+def _read_back(path, part, problems) -> list[dict]:
+    lines, names = completions.read(path), _names(part, problems)
+    if [{name: line.get(name) for name in ("id", "index", "trace")} for line in lines] != names:
         raise ValueError(f"{path} does not hold the {len(names)} traces of its part: remove it, and they are sampled.")
+    return lines
 
 
 def _assemble(found: list[completions.Columns], problems: int, seconds: float, new_tokens: int) -> Evaluation:

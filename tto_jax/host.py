@@ -4,8 +4,10 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -19,9 +21,26 @@ _PACKAGES = (
 
 
 def set_up() -> None:
-    """Called by a page before its work: only warnings on the terminal, and memory that stays in the process."""
+    """Called by a page before its work: only warnings on the terminal, memory that stays in the process, programs that
+    are compiled once, and an end at SIGTERM until `preemption.Notice` says otherwise.
+    """
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
+    keep_compiled_programs()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `jax.distributed` would swallow it, for a loop that asks it
+
+
+def keep_compiled_programs() -> None:
+    """A persistent cache of compiled programs, below the user's cache folder; JAX_COMPILATION_CACHE_DIR moves it.
+
+    Set and empty, that variable means none. Several processes get none by default, as jax lets only process 0 write:
+    on a pod, give all hosts one folder that they share, such as gs://BUCKET/jax_cache. (A program is found again by its
+    text, jax's version, the compiler's options and the kind of device; what compiles within a second is not kept.)
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.process_count() == 1:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tto_jax" / "jax_cache"
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 
 def keep_freed_memory() -> None:

@@ -68,19 +68,44 @@ class LossConfig:
 
     num_targets: int  # most trained tokens in a row
     num_states: int  # leading tokens of a row that are computed; the rest are targets only
-    constant: float  # divisor of the summed objective
+    constant: float  # divisor of the summed objective, where `aggregate` is `constant`
     temperature: float = 1.0  # the sampler's: log-probs are of the distribution that was sampled from
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl: float = 0.0  # weight of the KL to the reference
     kl_estimator: str = "k3"
+    objective: str = "ppo"  # of losses.OBJECTIVES
+    dual_clip: float = 0.0  # a negative advantage counts so many times at most; 0: off
+    aggregate: str = "constant"  # of losses.AGGREGATES
+    importance: str = "none"  # of losses.IMPORTANCE, against the sampler's log-probs
+    importance_cap: float = 2.0
+    num_sequences: int = 0  # thinking blocks and answers of a row; only where one is meant as a whole
     attention: str = "reference"
     logprobs: str = "chunked"
     micro_rows: int = 0  # rows whose gradient is computed at a time, 0: the whole minibatch
 
     def __post_init__(self):
-        if self.kl_estimator not in losses.KL_KINDS:
-            raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown: choose one of {losses.KL_KINDS}")
+        for name, choices in (
+            ("kl_estimator", losses.KL_KINDS),
+            ("objective", losses.OBJECTIVES),
+            ("aggregate", losses.AGGREGATES),
+            ("importance", losses.IMPORTANCE),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {choices}")
+        whole = self.objective == "gspo" or "sequence" in self.aggregate + self.importance
+        if whole and self.num_sequences < 1:
+            raise ValueError(
+                f"num_sequences={self.num_sequences}: objective={self.objective!r}, aggregate={self.aggregate!r}, "
+                f"importance={self.importance!r} need the number of sequences in a row"
+            )
+        if self.dual_clip and not (self.dual_clip > 1 and self.objective != "cispo"):
+            raise ValueError(
+                f"dual_clip={self.dual_clip} with {self.objective!r}: a bound above 1 on the ratio, such as 3.0, or 0; "
+                "cispo has none, as it bounds the ratio by itself"
+            )
+        if not self.importance_cap > 0:
+            raise ValueError(f"importance_cap={self.importance_cap}: the largest weight is positive, such as 2.0")
         if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
             raise ValueError(
                 f"clip_low={self.clip_low}, clip_high={self.clip_high}: choose 0 <= low <= 1 and high >= 0"
@@ -137,13 +162,14 @@ def target_logprobs(
     source = jnp.take_along_axis(rows.source, index, axis=-1)
     target = jnp.take_along_axis(rows.tokens, index, axis=-1)
     hidden = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    # The head stays float32: its gradient is a sum over chunks.
-    head = decoder.head(model, params)
+    # The head stays float32: its gradient is a sum over chunks. Columns that are added so that it can be split count as
+    # tokens of probability 0.
+    head = sharding.pad(decoder.head(model, params), "fsdp", "tensor")
 
     def local(arrays, vocabulary_axis):
         hidden, target, head = arrays
         flat = hidden.reshape(-1, hidden.shape[-1]), head, target.reshape(-1)
-        logprobs = token_logprobs(*flat, config.temperature, config.logprobs, vocabulary_axis)
+        logprobs = token_logprobs(*flat, config.temperature, config.logprobs, vocabulary_axis, model.vocab_size)
         return tuple(x.reshape(target.shape) for x in logprobs)
 
     per_row = P(sharding.ROWS)
@@ -168,33 +194,66 @@ def score_logprobs(
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows.tokens.shape), scored)
 
 
-def loss(model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree) -> tuple[jax.Array, dict]:
-    """Minus the clipped objective (plus KL) over an explicit constant; and sums for the metrics."""
+def loss(
+    model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree, weight: Array | None = None
+) -> tuple[jax.Array, dict]:
+    """Minus the objective (plus KL), summed with what each token counts; and sums for the metrics.
+
+    weight: f32[N,L] of `losses.token_weights` of the whole minibatch; None: these rows are all of it.
+    """
+    if weight is None:
+        weight = _token_weights(config, rows)
     index, logprob, _ = target_logprobs(model, config, params, rows)
     take = lambda x: jnp.take_along_axis(x, index, axis=-1)  # noqa: E731
-    mask, advantage, old = take(rows.loss_mask), take(rows.advantage), take(rows.old_logprob)
+    mask, advantage, old, weight = take(rows.loss_mask), take(rows.advantage), take(rows.old_logprob), take(weight)
     # Slots without a trained token are other tokens: give them ratio 1, so that nothing overflows in the gradient.
     logprob = jnp.where(mask, logprob, old)
-    objective = losses.clipped_objective(logprob, old, advantage, config.clip_low, config.clip_high)
-    total = -losses.aggregate(objective, mask, config.constant)
+    stands = logprob
+    if config.objective == "gspo":
+        stands = losses.sequence_logprob(logprob, old, mask, take(rows.sequence), config.num_sequences)
+    clips = config.clip_low, config.clip_high
+    if config.objective == "cispo":
+        objective = losses.cispo_objective(logprob, old, advantage, *clips)
+    else:
+        objective = losses.clipped_objective(stands, old, advantage, *clips, config.dual_clip)
+    count = lambda x: jnp.sum(jnp.where(mask, x * weight, 0.0))  # noqa: E731
+    total = -count(objective)
     kl_ref = jnp.zeros_like(logprob)
     if config.kl:
         kl_ref = losses.kl_estimate(logprob, jnp.where(mask, take(rows.ref_logprob), logprob), config.kl_estimator)
-        total += config.kl * losses.aggregate(kl_ref, mask, config.constant)
-    ratio = jnp.exp(logprob - old)
-    weight = jnp.where(mask, jnp.abs(advantage), 0.0)
+        total += config.kl * count(kl_ref)
+    ratio = jnp.exp(stands - old)
+    pull = jnp.where(mask, jnp.abs(advantage), 0.0)
     add = lambda x: jnp.sum(jnp.where(mask, x, 0.0))  # noqa: E731
     return total, {
         "total": total,
         "tokens": mask.sum(),
         "kl_ref": add(kl_ref),
         "kl_old": add(losses.kl_estimate(logprob, old, "k3")),
-        "clipped": add(losses.clip_active(logprob, old, advantage, config.clip_low, config.clip_high)),
+        "clipped": add(losses.clip_active(stands, old, advantage, *clips)),
         "ratio_min": jnp.min(jnp.where(mask, ratio, 1.0)),
         "ratio_max": jnp.max(jnp.where(mask, ratio, 1.0)),
-        "weight": weight.sum(),
-        "weight_answers": jnp.sum(jnp.where(take(rows.branch) > 0, weight, 0.0)),
+        "weight": pull.sum(),
+        "weight_answers": jnp.sum(jnp.where(take(rows.branch) > 0, pull, 0.0)),
     }
+
+
+def _token_weights(config, rows):
+    return losses.token_weights(rows.loss_mask, rows.sequence, config.num_sequences, config.aggregate, config.constant)
+
+
+def _trusted(config, rows):
+    """Rows whose advantages count as much as the sampler can be trusted to have sampled what the trainer would."""
+    trust = losses.importance_weights(
+        rows.old_logprob,
+        rows.sampler_logprob,
+        rows.loss_mask,
+        rows.sequence,
+        config.num_sequences,
+        config.importance,
+        config.importance_cap,
+    )
+    return dataclasses.replace(rows, advantage=rows.advantage * trust)
 
 
 def _combine(sums: dict) -> dict:
@@ -219,8 +278,9 @@ def train_step(
     model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
 ) -> tuple[TrainState, dict]:
     """One optimizer step on one minibatch of packed rows; the state is donated."""
+    parts = _trusted(config, rows), _token_weights(config, rows)
     grads, metrics = _accumulate(
-        lambda params, part: loss(model, config, params, part), model, config, state.params, rows
+        lambda params, part: loss(model, config, params, *part), model, config, state.params, parts
     )
     state, applied = _apply(optimizer, state, grads, model.num_kv_heads)
     return state, _combine(metrics) | applied
@@ -244,8 +304,8 @@ def supervised_step(
 
 
 def _micro_batches(config, rows):
-    """[N, L] -> [N / micro_rows, micro_rows, L]; strided, so that each has rows of every device."""
-    total = rows.tokens.shape[0]
+    """A tree of [N, L] -> [N / micro_rows, micro_rows, L]; strided, so that each has rows of every device."""
+    total = jax.tree.leaves(rows)[0].shape[0]
     micro = config.micro_rows or total
     if total % micro:
         raise ValueError(f"micro_rows={micro} does not divide the {total} rows: choose a divisor, or 0 for all at once")

@@ -212,6 +212,12 @@ def _loss(config, rollout, size, prompt_pad):
         clip_high=learner.clip_high,
         kl=learner.kl,
         kl_estimator=learner.kl_estimator,
+        objective=learner.objective,
+        dual_clip=learner.dual_clip,
+        aggregate=learner.aggregate,
+        importance=learner.importance,
+        importance_cap=learner.importance_cap,
+        num_sequences=token_tree.num_sequences(size, rollout.answers),
     )
 
 

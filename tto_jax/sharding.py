@@ -1,7 +1,8 @@
 """Where arrays lie on a mesh: its axes, one table from parameter paths to PartitionSpecs, and the split of rows.
 
-The model knows nothing of this beside two calls: `constrain` (where activations and caches lie) and `split` (what each
-device does with its own rows and heads alone). Without a mesh in context they do nothing.
+The model knows nothing of this beside three calls: `constrain` (where activations and caches lie), `split` (what each
+device does with its own rows and heads alone) and `pad` (a vocabulary that the devices do not divide). Without a mesh
+in context they do nothing.
 """
 
 import contextlib
@@ -12,17 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tto_jax.core.types import Array
+
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # rows of a batch are split over both; weights over fsdp and tensor
 
 # Path of an array of the model, at the end of a path in a state: how its dimensions are split. One pattern a path.
+# `kv` and `vocab` mean `tensor` where it divides the KV heads, the vocabulary; elsewhere every device along it has all.
 TABLE = (
-    (r"embed\.embedding", P("tensor", "fsdp")),
+    (r"embed\.embedding", P("vocab", "fsdp")),
     (r"position_embed\.embedding", P(None, "fsdp")),
     (r"layers\.attention\.q\.kernel", P(None, "fsdp", "tensor")),
     (r"layers\.attention\.q\.bias", P(None, "tensor")),
@@ -33,7 +38,7 @@ TABLE = (
     (r"layers\.down\.kernel", P(None, "tensor", "fsdp")),
     (r"layers\.(attention\.[qk]|attention|mlp)_norm\.scale", P()),
     (r"norm\.scale", P()),
-    (r"lm_head\.kernel", P("fsdp", "tensor")),
+    (r"lm_head\.kernel", P("fsdp", "vocab")),
 )
 
 
@@ -104,19 +109,23 @@ def shardings(mesh: Mesh, tree: Any, kv_heads: int, *, without: Sequence[str] = 
     Args:
       mesh: of `AXES`.
       tree: arrays or `jax.ShapeDtypeStruct`s; scalars are replicated.
-      kv_heads: of the model; where `tensor` does not divide them, their weights lie without it.
+      kv_heads: of the model. Where `tensor` does not divide them, or the vocabulary, their weights lie without it: they
+        keep their true shapes, and what the axis needs is made in the compute (`kv_copies`, `pad`).
       without: axes that are left out: the rollout's weights lie without `fsdp`.
 
     Raises:
       ValueError: paths that no pattern or several match, ranks and sizes that do not fit; all together.
     """
-    wrong, kv_split = [], kv_heads % mesh.shape["tensor"] == 0
+    wrong = []
+
+    def axis_of(axis, size):
+        if axis in ("kv", "vocab"):
+            axis = None if {"kv": kv_heads, "vocab": size}[axis] % mesh.shape["tensor"] else "tensor"
+        return None if axis in without or mesh.shape.get(axis) == 1 else axis
 
     def one(path, leaf):
         name, shape = jax.tree_util.keystr(path, simple=True, separator="."), np.shape(leaf)
-        spec = _spec(name, shape, wrong)
-        axes = ["tensor" if axis == "kv" and kv_split else axis for axis in spec]
-        axes = [None if axis in (*without, "kv") or mesh.shape.get(axis) == 1 else axis for axis in axes]
+        axes = [axis_of(axis, size) for axis, size in zip(_spec(name, shape, wrong), shape)]
         while axes and axes[-1] is None:  # one spelling a layout, so that a state keeps its types
             axes.pop()
         for size, axis in zip(shape, axes):
@@ -170,6 +179,17 @@ def kv_copies(heads: int, kv_heads: int, mesh: Mesh | None) -> int:
         choices = tuple(n for n in range(1, heads + 1) if heads % n == 0)
         raise ValueError(f"tensor={tensor} does not divide the {heads} query heads: choose one of {choices}")
     return math.lcm(kv_heads, tensor) // kv_heads
+
+
+def pad(x: Array, *axes: Any) -> jax.Array:
+    """`x` with zeros at the end of the dimension that `tensor` splits, where it does not divide it: then P(*axes).
+
+    Said here how it is split, the zeros and the parts are made on each device, before anything is gathered.
+    """
+    mesh, dimension = jax.sharding.get_abstract_mesh(), axes.index("tensor")
+    missing = 0 if mesh.empty else -x.shape[dimension] % mesh.shape["tensor"]
+    widths = [(0, missing if axis == dimension else 0) for axis in range(x.ndim)]
+    return constrain(jnp.pad(x, widths), *axes) if missing else x
 
 
 def place(mesh: Mesh | None, tree: Any, kv_heads: int, *, without: Sequence[str] = ()) -> Any:

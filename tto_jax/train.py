@@ -4,9 +4,11 @@ One page, in the order in which it runs. A run resumes from its last checkpoint 
 whole step and ends.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,11 @@ from tto_jax import (
     inputs,
     learner,
     preemption,
+    profiling,
     rollout,
     settings,
     sharding,
+    throughput,
     warm_start,
 )
 from tto_jax.core import credit, rewards, token_tree
@@ -40,6 +44,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives: checkpoints, metrics, samples.", allow_override=True
 )
 _WARM_START_ONLY = flags.DEFINE_bool("warm_start_only", False, "Stop after the warm start.")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps",
+    "",
+    "Steps to trace for XProf, in WORKDIR/profile: such as 3:5 or 3,20:22. The first one compiles.",
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print the resolved configuration, then stop.")
 
 
@@ -55,17 +64,21 @@ def main(argv):
             "--warm_start_only: this experiment starts from a pretrained model, there is no warm start"
         )
     plan = settings.build(config, need_model=not _DRY_RUN.value)
+    profile_steps = profiling.parse_steps(_PROFILE_STEPS.value, plan.steps)
     say(describe(plan))
     if _DRY_RUN.value:
         say(str(config))
         return
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
-    train(config, plan, epath.Path(_WORKDIR.value), warm_start_only=_WARM_START_ONLY.value)
+    train(config, plan, epath.Path(_WORKDIR.value), _WARM_START_ONLY.value, profile_steps)
 
 
-def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = False) -> None:
+def train(
+    config, plan: Settings, workdir: epath.Path, warm_start_only: bool = False, profile_steps: Collection[int] = ()
+) -> None:
     """Warm start, then `plan.steps` steps of rollout, credit and update."""
+    began = time.time()
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=resumable(plan))
     if warm_start_only:
         warm_start.get(config, plan, workdir)
@@ -73,6 +86,7 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
 
     # The devices, the problems, and those that are held out.
     mesh = sharding.mesh_of(plan.mesh)
+    peak = throughput.peak(1 if mesh is None else mesh.size)
     say(distributed.banner(mesh))
     distributed.check_same({"configuration": config.to_json(sort_keys=True), "code": host.commit()})
     plan.check_rows(mesh)
@@ -82,19 +96,22 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
     shard = jax.process_index(), jax.process_count()  # a problem's rows live on one process
     batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed, shard)
     held_out = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
-    # Whatever ends the loop, a save in flight is finished first.
-    kept = config.checkpoint
-    saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
-    with sharding.use(mesh):
-        like = learner.abstract_state(plan.model, plan.optimizer)
-        resumed = saved.restore_latest(sharding.abstract(mesh, like, plan.model.num_kv_heads))
-    initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
-    with preemption.Notice() as stop, saved, sharding.use(mesh):
+    with contextlib.ExitStack() as opened:  # whatever ends the run, a save in flight is finished, files are closed
+        kept = config.checkpoint
+        saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+        opened.enter_context(saved)
+        with sharding.use(mesh):
+            like = learner.abstract_state(plan.model, plan.optimizer)
+            resumed = saved.restore_latest(sharding.abstract(mesh, like, plan.model.num_kv_heads))
+        initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
+        opened.enter_context(sharding.use(mesh))
         schedule = sharding.put(plan.schedule)
         # The policy: what the last checkpoint holds, or what the run starts from.
         reference = initial if plan.loss.kl else None
         if resumed:
             done, state, record = resumed
+            checkpoint.check_config(saved.directory / str(done), record["config"], config.to_dict(), resumable(plan))
+            record |= {"config": config.to_dict()}
             if record["problems"] != found.fingerprint:
                 raise ValueError(
                     f"data.train={config.data.train} has changed since step {done}: its cursor means others"
@@ -103,10 +120,15 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
         else:  # the state is donated to the update, the reference stays
             initial = jax.tree.map(jnp.copy, initial) if reference else initial
             state = learner.init_state(initial, plan.optimizer, mesh, plan.model.num_kv_heads)
-            done, record = 0, host_record(batches, found, {"tokens": 0, "seconds": 0.0}, evaluated=False)
+            done = 0
+            record = {"problems": found.fingerprint, "config": config.to_dict(), "began": began, "written": [0, 0]}
+            record = advanced(record, batches, {"tokens": 0, "seconds": 0.0}, evaluated=False)
         del initial, resumed
-        writer = MetricsWriter(workdir, record["written"])
-        progress = Progress(plan.steps, initial=done)
+        writer = opened.enter_context(MetricsWriter(workdir, record["written"]))
+        progress = opened.enter_context(Progress(plan.steps, initial=done))
+        profile = opened.enter_context(profiling.Profile(workdir, profile_steps))
+        start = done  # what the run goes on from is on the disk, or made again
+        stop = opened.enter_context(preemption.Notice(lambda: done == start or done in saved.written()))
 
         # Outside the update `state` is that of step `done`, and `record` what is saved beside it: a stop keeps the two.
         try:
@@ -116,7 +138,8 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
             saved.save(done, state, record | {"written": writer.flush()})
 
             for step in range(done + 1, plan.steps + 1):
-                clock = Clock(stop)
+                profile.before(step)
+                clock = profiling.Clock(stop, step)
                 batch = next(batches)
                 prompts = sharding.put_rows(batch.prompts)
                 key = sharding.put(jax.random.fold_in(jax.random.key(plan.seed), step))
@@ -164,7 +187,8 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                 # Say what happened, on all processes together.
                 earned, baselines = sharding.gather(local)
                 everywhere = sharding.gather((scores, seen[0].length, seen[0].ended, seen[1]))
-                counts = sharding.gather({name: np.array([number]) for name, number in graded.counts().items()})
+                counts = graded.counts() | throughput.step_flops(plan, batch.prompts.length, *seen)
+                counts = sharding.gather({name: np.array([number]) for name, number in counts.items()})
                 sampled = int(token_metrics.pop("tokens"))
                 totals = record["totals"]
                 totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
@@ -172,26 +196,28 @@ def train(config, plan: Settings, workdir: epath.Path, warm_start_only: bool = F
                 row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
                 row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
                 row |= totals | clock.seconds()
+                row |= throughput.speed(row, sampled, peak) | throughput.memory()
+                row |= throughput.goodput(record["began"], totals["seconds"])
                 writer.write(step, row)
                 shown = ("score/anytime", "length/mean", "update/grad_norm")
                 progress.update(step, {name: row[name] for name in shown})
                 if step % config.log.samples_every == 0:
                     shown = diagnostics.samples(plan, batch.problems, *seen, scores, local[0], count=config.log.samples)
                     writer.write_samples(step, shown)
+                clock.close()
                 due = step % config.evaluation.every == 0
-                done, record = step, host_record(batches, found, totals, evaluated=not due)
+                done, record = step, advanced(record, batches, totals, evaluated=not due)
                 stop.check("update")
                 if due:
                     record = evaluate_row(config, plan, held_out, state.params, writer, step, record, stop)
-                if step % config.checkpoint.every == 0 or step == plan.steps:
+                if step % kept.every == 0 or step == plan.steps or stop.was_slow():
                     saved.save(step, state, record | {"written": writer.flush()})
                     stop.check("save")
         except preemption.Stopped as stopped:
             saved.save(done, state, record | {"written": writer.flush()})
             saved.wait()
             say(f"{stopped}: step {done} is saved, the same command goes on from there")
-        progress.close()
-        writer.close()
+        saved.wait()  # while a notice still ends nothing
 
 
 def say(text: str) -> None:
@@ -200,12 +226,15 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def host_record(batches, found, totals, evaluated: bool) -> dict:
-    """What a checkpoint holds beside the state: the data's cursor and what it points into, the counters, whether the
-    evaluation of its step is done, and (known when it is saved) how many rows and samples were written.
+def advanced(record: dict, batches, totals: dict, evaluated: bool) -> dict:
+    """What a checkpoint holds beside the state, after a step.
+
+    problems: what the data's `cursor` points into. config: the experiment, whose seed and a step's number make all its
+    keys. began: when the run did (Unix time).
+    totals: tokens that were sampled and seconds of steps, of those that count. evaluated: whether the evaluation of
+    this step is done. written: how many rows and samples were, known when it is saved.
     """
-    places = {"cursor": batches.get_state(), "problems": found.fingerprint}
-    return places | {"totals": totals, "evaluated": evaluated, "written": [0, 0]}
+    return record | {"cursor": batches.get_state(), "totals": totals, "evaluated": evaluated}
 
 
 def initial_params(config, plan: Settings, workdir: epath.Path, mesh):
@@ -217,9 +246,13 @@ def initial_params(config, plan: Settings, workdir: epath.Path, mesh):
 
 
 def resumable(plan: Settings) -> tuple[str, ...]:
-    """What may change when a run is resumed; a cosine is as long as the run, so there `steps` may not."""
+    """What may change when a run is resumed; a cosine is as long as the run, so there `steps` may not.
+
+    The machine may, too: with what is computed where and at once the numbers change by rounding only.
+    """
     steps = () if plan.optimizer.schedule == "cosine" else ("steps",)
-    return (*steps, "evaluation", "checkpoint", "log", "warm_start.cache", "data.eval", "task.verifier")
+    machine = ("mesh", "learner.micro_rows", "rollout.segment")
+    return (*steps, *machine, "evaluation", "checkpoint", "log", "warm_start.cache", "data.eval", "task.verifier")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -231,12 +264,15 @@ def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
         correct = rewards.length_penalty(
             correct, traces.length.reshape(group), traces.tokens.shape[1], config.length_penalty
         )
-    earned = credit.assign(correct, by_trace, schedule, config.estimator, config.answers)
+    with jax.named_scope("credit"):
+        earned = credit.assign(correct, by_trace, schedule, config.estimator, config.answers)
     weight = config.answer_weights(schedule, correct.shape[-1])
-    rows = token_tree.pack(prompts, traces, answers, forks, earned, weight, config.one_token_answers)
+    with jax.named_scope("pack"):
+        rows = token_tree.pack(prompts, traces, answers, forks, earned, weight, config.one_token_answers)
     return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
 
 
+@functools.partial(jax.profiler.annotate_function, name="evaluation")
 def evaluate_row(config, plan, held_out, params, writer, step, record, stop) -> dict:
     """A small evaluation as a row of its own kind: accuracy at budgets against steps and sampled tokens.
 
@@ -257,32 +293,10 @@ def evaluate_row(config, plan, held_out, params, writer, step, record, stop) -> 
     if rows:
         mean = {f"eval/{key}": np.mean([row[key] for row in rows.values()], axis=0) for key in rows[next(iter(rows))]}
         each = {f"eval/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
-        writer.write(step, mean | (each if len(rows) > 1 else {}) | record["totals"])
+        totals = record["totals"]
+        row = mean | (each if len(rows) > 1 else {}) | totals
+        writer.write(step, row | throughput.memory() | throughput.goodput(record["began"], totals["seconds"]))
     return record | {"evaluated": True}
-
-
-class Clock:
-    """Seconds of each phase of a step; where one ends, the step may be given up for a stop."""
-
-    def __init__(self, stop: preemption.Notice):
-        self._begin = self._last = time.perf_counter()
-        self._phases, self._stop = {}, stop
-
-    def mark(self, phase: str, result=None, may_stop: bool = True) -> None:
-        """End a phase, once its result is there."""
-        jax.block_until_ready(result)
-        now = time.perf_counter()
-        self._phases[phase], self._last = now - self._last, now
-        if may_stop:
-            self._stop.check(phase)
-
-    def total(self) -> float:
-        """Since the step began."""
-        return time.perf_counter() - self._begin
-
-    def seconds(self) -> dict:
-        """`seconds/PHASE` of every phase, and of the step."""
-        return {f"seconds/{name}": value for name, value in self._phases.items()} | {"seconds/step": self.total()}
 
 
 def describe(plan: Settings) -> str:

@@ -145,7 +145,9 @@ def main() -> int:
     if not (given.folder / "config.json").exists():  # in another process: its memory is not this one's
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make_only"], check=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
     return 0 if measure(given.folder, given.allowance) else 1
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tto_jax import sharding
 from tto_jax.core import token_tree
 from tto_jax.models import decoder
 from tto_jax.models.cache import Cache, Context
@@ -194,6 +195,31 @@ def test_remat_changes_neither_values_nor_gradients():
         np.testing.assert_allclose(other_value, value, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradient)):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
+
+
+def test_a_vocabulary_that_the_devices_do_not_divide():
+    """23 tied tokens on 4 devices: logits and gradients are those of one, in arrays of their true shapes."""
+    mesh, rows = sharding.make_mesh((2, 1, 4)), plain_rows(random_tokens(QWEN2))
+    config = dataclasses.replace(QWEN2, kv_copies=sharding.kv_copies(4, 1, mesh))
+    weights = np.random.default_rng(3).normal(size=(*rows.tokens.shape, 23)).astype(np.float32)
+
+    def everything(config, params, rows, weights):
+        padded = decoder.pad_vocabulary(params)
+        gradient = jax.grad(functools.partial(summed_loss, config))(params, rows, weights)
+        logits = [row_logits.__wrapped__(config, x, rows)[1] for x in (params, padded)]
+        return *logits, gradient, padded
+
+    jitted = jax.jit(everything, static_argnums=0, compiler_options=UNOPTIMIZED)
+    logits, _, gradient, untouched = jitted(QWEN2, random_params(QWEN2), rows, weights)
+    assert untouched["embed"]["embedding"].shape == (23, 16)
+    with jax.set_mesh(mesh):
+        placed = sharding.place(mesh, random_params(QWEN2), 1)
+        *many, many_gradient, padded = jitted(config, placed, sharding.put_rows(rows), sharding.put_rows(weights))
+    assert padded["embed"]["embedding"].shape == (24, 16) and not padded["embed"]["embedding"][23:].any()
+    for found in many:
+        np.testing.assert_allclose(found, logits, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(many_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
 
 
 def test_bfloat16_is_close_to_float32():

@@ -252,7 +252,10 @@ print("fine")
 
 
 def run_with_8_devices(*argv) -> subprocess.CompletedProcess:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "JAX_PLATFORMS": "cpu",
+    }
     return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -308,7 +311,10 @@ def test_two_processes_fill_and_write_one_checkpoint(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    }
     command = [sys.executable, "-c", TWO_PROCESSES, str(Path(__file__).parent), str(tmp_path), str(port)]
     both = [
         subprocess.Popen(

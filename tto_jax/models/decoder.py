@@ -131,7 +131,10 @@ class Decoder(nnx.Module):
 
 
 def _lookup(table, tokens):
-    """table [V,M], tokens i32[R,T] -> [R,T,M]; each device looks its rows' tokens up in its part of the vocabulary."""
+    """table [V,M], tokens i32[R,T] -> [R,T,M]; each device looks its rows' tokens up in its part of the vocabulary.
+
+    A vocabulary that the devices do not divide is padded: no token stands beyond its end.
+    """
 
     def local(arrays, axis):
         table, tokens = arrays
@@ -142,7 +145,7 @@ def _lookup(table, tokens):
         return jax.lax.psum(jnp.where(((index >= 0) & (index < table.shape[0]))[..., None], found, 0), axis)
 
     rows = P(sharding.ROWS)
-    return sharding.split(local, (table, tokens), (P("tensor"), rows), rows)
+    return sharding.split(local, (sharding.pad(table, "tensor"), tokens), (P("tensor"), rows), rows)
 
 
 def _remat(function, policy: str):
@@ -170,8 +173,19 @@ def _merge(config: ModelConfig, params: Params) -> Decoder:
 
 
 def head(config: ModelConfig, params: Params) -> Array:
-    """The LM head, float32 [M,V]."""
-    return _merge(config, params).head()
+    """The LM head [M,V] in the parameters' dtype, without what `pad_vocabulary` added."""
+    return _merge(config, params).head()[:, : config.vocab_size]
+
+
+def pad_vocabulary(params: Params) -> Params:
+    """Embedding and head with zeros added where the context's `tensor` axis does not divide the vocabulary.
+
+    The results are those of `params`. What loops over tokens does this once, else every lookup does it.
+    """
+    padded = params | {"embed": {"embedding": sharding.pad(params["embed"]["embedding"], "tensor", "fsdp")}}
+    if "lm_head" in params:
+        padded["lm_head"] = {"kernel": sharding.pad(params["lm_head"]["kernel"], "fsdp", "tensor")}
+    return padded
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array) -> jax.Array:
@@ -192,7 +206,7 @@ def forward_rows(
         heads = P(sharding.ROWS, None, "tensor")
         return sharding.split(local, (q, k, v, rows), (heads, heads, heads, P(sharding.ROWS)), heads), ()
 
-    return _merge(config, params)(rows.tokens, rows.position, attend, ())[0]
+    return _merge(config, pad_vocabulary(params))(rows.tokens, rows.position, attend, ())[0]
 
 
 def decode(

@@ -5,32 +5,42 @@ from collections.abc import Sequence
 import jax
 
 from tto_jax.core.types import Array
-from tto_jax.kernels.branch_decode import reference
-from tto_jax.kernels.branch_decode.reference import CachePart
+from tto_jax.kernels.branch_decode import blocked, merged, pallas_tpu, reference
+from tto_jax.kernels.branch_decode.parts import CachePart, check
 
-IMPLEMENTATIONS = {"reference": reference.branch_decode}
+IMPLEMENTATIONS = {
+    "blocked": blocked.branch_decode,
+    "merged": merged.branch_decode,
+    "pallas_tpu": pallas_tpu.branch_decode,
+    "reference": reference.branch_decode,
+}
+PLATFORMS = {"cpu": "blocked", "tpu": "merged", "gpu": "merged", "cuda": "merged", "rocm": "merged"}
 
 
-def branch_decode(q: Array, parts: Sequence[CachePart], implementation: str = "reference") -> jax.Array:
+def choose(platform: str) -> str:
+    """The implementation for a platform, as devices name it. Raises ValueError for an unknown one."""
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform={platform!r} is unknown: choose one of {tuple(PLATFORMS)}")
+    return PLATFORMS[platform]
+
+
+def branch_decode(q: Array, parts: Sequence[CachePart], implementation: str = "merged") -> jax.Array:
     """Attention of M new tokens over the union of cache parts.
 
     Args:
       q: [M,H,D], ordered so that every part's rows serve consecutive queries.
       parts: such as the prompt (a row a problem), the trace (a row a trace), the own branch (a row a branch).
-      implementation: `reference`.
+      implementation: `merged` (each part by itself, in XLA), `blocked` (the same, long shared parts in blocks as far
+        as they are filled), `pallas_tpu` (a Mosaic kernel as far as rows are filled; every `visible` is an `Interval`)
+        or `reference` (one softmax over concatenated scores).
 
     Returns:
-      [M,H,D] in q's dtype.
+      [M,H,D] in q's dtype. A query that sees no key of any part has no attention: NaN.
 
     Raises:
-      ValueError: unknown implementation, or a part whose rows do not divide the queries.
+      ValueError: unknown implementation, parts that do not fit the queries or each other, or that it does not take.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown: choose one of {tuple(IMPLEMENTATIONS)}")
-    for part in parts:
-        if q.shape[0] % part.k.shape[0] or q.shape[1] % part.k.shape[1] or q.shape[2] != part.k.shape[2]:
-            raise ValueError(
-                f"q {q.shape} and a part with k {part.k.shape}: rows must divide the queries, KV heads the "
-                "heads, and head sizes agree"
-            )
+    check(q, parts)
     return IMPLEMENTATIONS[implementation](q, parts)

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 
 from tto_jax.core import token_tree
 from tto_jax.core.types import Array, TokenTree
+from tto_jax.kernels.tree_attention import blocks
+
+plan = blocks.vectors
 
 
-def tree_attention(q: Array, k: Array, v: Array, rows: TokenTree) -> jax.Array:
+def tree_attention(q: Array, k: Array, v: Array, rows: TokenTree | blocks.Vectors) -> jax.Array:
     """q [N,L,H,D], k and v [N,L,K,D] -> [N,L,H,D]; softmax in float32."""
     n, length, heads, width = q.shape
     kv_heads = k.shape[2]

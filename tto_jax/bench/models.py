@@ -1,0 +1,60 @@
+"""The models that are measured: Qwen2 shapes with random weights by name, or a checkpoint directory."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tto_jax import pretrained
+from tto_jax.models import decoder, hf_config, hf_weights
+from tto_jax.models.config import ModelConfig
+from tto_jax.models.decoder import Params
+
+
+def _qwen2(vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, mlp_size, tie_embeddings=True):
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mlp_size=mlp_size,
+        max_position=131_072,
+        attention_bias=True,
+        tie_embeddings=tie_embeddings,
+    )
+
+
+MODELS = {
+    "ci": _qwen2(512, 32, 2, 4, 2, 8, 48),
+    "tiny": _qwen2(2048, 256, 4, 4, 2, 64, 704),  # 3.5M parameters
+    "small": _qwen2(32_768, 384, 8, 6, 2, 64, 1024),  # 25M
+    "1.5b": _qwen2(151_936, 1536, 28, 12, 2, 128, 8960, tie_embeddings=False),  # R1-Distill-Qwen-1.5B
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model to measure; its weights are loaded when they are asked for."""
+
+    config: ModelConfig
+    path: str | None = None
+
+    def params(self) -> Params:
+        """Float32, from the directory or random."""
+        return pretrained.find(self.path).load(self.config) if self.path else decoder.init_params(self.config, 0)
+
+
+def find(name: str, dtype: str, remat: str = "none", hf: str | None = None) -> Loaded:
+    """A model by name or, if given, the one in the directory `hf`. Raises ValueError for an unknown name."""
+    if hf:
+        return Loaded(pretrained.find(hf).model_config(dtype, remat), hf)
+    if name not in MODELS:
+        raise ValueError(f"--model={name!r} is unknown: choose one of {tuple(MODELS)}, or give --hf=DIR")
+    return Loaded(dataclasses.replace(MODELS[name], dtype=dtype, remat=remat))
+
+
+def export(directory: Path, model: ModelConfig, params: Params) -> None:
+    """A Hugging Face directory of these weights in the compute dtype, for a peer."""
+    hf_weights.save(directory, model, params, dtype=model.dtype)
+    (directory / "config.json").write_text(json.dumps(hf_config.to_hf(model, model.dtype)))
