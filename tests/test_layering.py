@@ -37,6 +37,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
             for name in (
                 "distributed",
                 "inputs",
+                "chats",
                 "episodes",
                 "math_task",
                 "pretrained",
