@@ -132,6 +132,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "learner": {
                 "minibatches": 2,
                 "micro_rows": 0,  # rows of each part of the mesh whose gradient is computed at a time; 0: all
+                "attention": "",  # kernels.tree_attention's implementation; empty: the platform's own
                 "objective": "ppo",  # or gspo, cispo
                 "clip_low": 0.2,
                 "clip_high": 0.2,

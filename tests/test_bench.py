@@ -53,7 +53,9 @@ def test_every_target(target, tmp_path, capsys):
         assert line["limits"]["source"] == "given"
         assert line["sizes"]["repeat"] == 2
         if "loop" not in line["name"]:
-            assert line["peak_bytes"] > 1e7 and line["compile_s"] >= 0 and line["compiled_later"] == 0
+            assert line["peak_bytes"] > 1e7 and line["compiled_later"] == 0
+            # Steps of the model may have been compiled by an earlier test, the others never.
+            assert line["compile_s"] > 0 or target in ("rollout", "update", "iteration")
     assert "GFLOP/s" in text and "largest difference" in text
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
-from test_distributed import finish, free_port, log_of
+from test_distributed import PATIENT, finish, free_port, log_of
 from test_evaluate_page import of_texts, page, results_of, run, texts, whole, without_timing  # noqa: F401
 
 from tto_jax import checkpoint, settings, warm_start
@@ -46,7 +46,7 @@ app.run(distributed.ends_all(pages))
 def start(out, arguments, processes, devices, event="", calls=1, extra=lambda index: ()):
     """The page's processes, each with its share of the devices; `extra`: more arguments of a process, by its number."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes} {PATIENT}",
         "PYTHONPATH": str(ROOT),
         "CALLS": str(calls),
     }

@@ -234,7 +234,7 @@ def test_the_page_ends_well_and_soon(whole, base, number):
     phase, _, step, code = PROCESSES[number]
     workdir = base / f"process_{number}"
     command = [sys.executable, "-c", PROGRAM, str(number), *flags(workdir), f"--workdir={workdir}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     end = time.time()
     assert done.returncode == code, done.stderr
     if code == 0:

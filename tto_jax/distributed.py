@@ -4,6 +4,7 @@ import functools
 import glob
 import hashlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -51,11 +52,13 @@ def ends_all(main: Callable) -> Callable:
         try:
             return main(argv)
         except BaseException as error:
-            if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+            ended_well = isinstance(error, SystemExit) and not error.code
+            if not jax.distributed.is_initialized() or jax.process_count() == 1 or ended_well:
                 raise
             traceback.print_exc()
             _warn(f"process {jax.process_index()} of {jax.process_count()} ends; the others will notice")
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            # Collectives on CPUs raise a ValueError that begins with a status: "UNKNOWN: Gloo ...".
+            if isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z_]+: ", str(error)):
                 # Perhaps another process is gone. Which one, the coordination service says, and ends this one with it.
                 _warn(
                     f"waiting {_HEARTBEAT.value + 10} s for the coordination service to say whether a process is lost"

@@ -167,7 +167,8 @@ def evaluate(
     if not len(problems):
         raise ValueError("there are no problems to evaluate")
     rows = options.rows or default_rows(settings, options, len(problems))
-    params = rollout.weights(settings.model, params)
+    # Whole before anything else is begun: collectives of two programs may meet in another order on another process.
+    params = jax.block_until_ready(rollout.weights(settings.model, params))
     plan = list(parts(len(problems), options.traces, rows))
     config = dataclasses.replace(
         settings.rollout,

@@ -16,6 +16,7 @@ from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
 from tto_jax.core.losses import released_constant
 from tto_jax.core.sampling import SampleConfig
+from tto_jax.kernels import branch_decode, tree_attention
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.models.config import ModelConfig
 from tto_jax.rollout import RolloutConfig
@@ -89,15 +90,29 @@ class Settings:
         return self.loss.num_states
 
     def on(self, mesh: jax.sharding.Mesh | None) -> "Settings":
-        """These settings on a mesh. Raises ValueError if its `tensor` axis cannot split the heads."""
-        if mesh is None:
-            return self
-        copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
-        micro = self.loss.micro_rows * sharding.row_shards(mesh)
-        return dataclasses.replace(
-            self,
-            model=dataclasses.replace(self.model, kv_copies=copies),
-            loss=dataclasses.replace(self.loss, micro_rows=micro),
+        """These settings on a mesh, or on the first device: with its layout, and its platform's kernels.
+
+        Raises ValueError if the mesh's `tensor` axis cannot split the heads.
+        """
+        platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
+        copies, shards = 1, 1
+        if mesh is not None:
+            copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
+            shards = sharding.row_shards(mesh)
+        model = dataclasses.replace(self.model, kv_copies=copies, branch_decode=branch_decode.choose(platform))
+        loss = dataclasses.replace(
+            self.loss,
+            micro_rows=self.loss.micro_rows * shards,
+            attention=self.loss.attention or tree_attention.choose(platform),
+        )
+        return dataclasses.replace(self, model=model, loss=loss)
+
+    @property
+    def kernels(self) -> str:
+        """The implementations in use, known once the settings are `on` a mesh."""
+        loss = self.loss
+        return (
+            f"tree_attention {loss.attention}, branch_decode {self.model.branch_decode}, token_logprobs {loss.logprobs}"
         )
 
     def check_rows(self, mesh: jax.sharding.Mesh | None) -> None:
@@ -184,6 +199,11 @@ def _loss(config, rollout, size, prompt_pad):
             f"learner.minibatches={learner.minibatches} does not divide rollout.problems={config.rollout.problems}: "
             f"choose one of {choices}"
         )
+    if learner.attention and learner.attention not in tree_attention.IMPLEMENTATIONS:
+        choices = tuple(tree_attention.IMPLEMENTATIONS)
+        raise ValueError(
+            f"learner.attention={learner.attention!r} is unknown: choose one of {choices}, or leave it empty"
+        )
     if learner.normalizer not in NORMALIZERS:
         raise ValueError(f"learner.normalizer={learner.normalizer!r} is unknown: choose one of {NORMALIZERS}")
     rows = config.rollout.problems * rollout.group_size // learner.minibatches
@@ -218,6 +238,7 @@ def _loss(config, rollout, size, prompt_pad):
         importance=learner.importance,
         importance_cap=learner.importance_cap,
         num_sequences=token_tree.num_sequences(size, rollout.answers),
+        attention=learner.attention,
     )
 
 

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from tto_jax import chats, checkpoint, distributed, host, inputs, learner, preemption, sharding
 from tto_jax.core.types import TokenTree
+from tto_jax.kernels import tree_attention
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.metrics import MetricsWriter, Progress
 from tto_jax.models.config import ModelConfig
@@ -46,9 +47,11 @@ class Plan:
 
     def on(self, mesh: jax.sharding.Mesh | None) -> "Plan":
         """These settings on a mesh. Raises ValueError if it cannot split the rows or the heads."""
+        platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
+        loss = dataclasses.replace(self.loss, attention=tree_attention.choose(platform))
         if mesh is None:
-            return self
-        shards, micro = sharding.row_shards(mesh), self.loss.micro_rows
+            return dataclasses.replace(self, loss=loss)
+        shards, micro = sharding.row_shards(mesh), loss.micro_rows
         if self.rows % (shards * max(micro, 1)):
             raise ValueError(
                 f"learner.rows={self.rows} must be a multiple of {shards * max(micro, 1)}: mesh {dict(mesh.shape)} "
@@ -58,7 +61,7 @@ class Plan:
         return dataclasses.replace(
             self,
             model=dataclasses.replace(self.model, kv_copies=copies),
-            loss=dataclasses.replace(self.loss, micro_rows=micro * shards),
+            loss=dataclasses.replace(loss, micro_rows=micro * shards),
         )
 
 
@@ -145,11 +148,13 @@ def fit(config, plan: Plan, train: chats.Examples, held_out: chats.Examples | No
             del params
         writer = opened.enter_context(MetricsWriter(workdir, record["written"]))
         progress = opened.enter_context(Progress(plan.steps, initial=done, name="sft"))
-        stop = opened.enter_context(preemption.Notice())
+        start = done  # what the run goes on from is on the disk, or made again
+        stop = opened.enter_context(preemption.Notice(lambda: done == start or done in saved.written()))
         try:
             if not done and fixed:
                 writer.write(0, {"eval/loss": held_out_loss(plan, state.params, fixed)})
             for step in range(done + 1, plan.steps + 1):
+                stop.begin()
                 rows = put_own_rows(next(batches))
                 state, metrics = learner.supervised_step(plan.model, plan.loss, plan.optimizer, state, rows)
                 row = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -159,13 +164,14 @@ def fit(config, plan: Plan, train: chats.Examples, held_out: chats.Examples | No
                     row["eval/loss"] = held_out_loss(plan, state.params, fixed)
                 writer.write(step, row)
                 progress.update(step, {"loss": row["loss/total"]})
-                if step % kept.every == 0 or step == plan.steps:
+                if step % kept.every == 0 or step == plan.steps or stop.was_slow():
                     saved.save(step, state, record | {"written": writer.flush()})
                 stop.check("step")
         except preemption.Stopped as stopped:
             saved.save(done, state, record | {"written": writer.flush()})
             saved.wait()
             say(f"{stopped}: step {done} is saved, the same command goes on from there")
+        saved.wait()  # while a notice still ends nothing
 
 
 def put_own_rows(rows: TokenTree) -> TokenTree:

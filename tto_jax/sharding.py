@@ -231,8 +231,12 @@ def local_rows(tree: Any) -> Any:
 
 
 def _split_rows(tree):
-    mesh = jax.sharding.get_mesh()
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P(ROWS)))(tree)
+    return _splitter(jax.sharding.get_mesh())(tree)
+
+
+@functools.cache
+def _splitter(mesh):
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P(ROWS)))
 
 
 def _local(x):

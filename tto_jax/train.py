@@ -91,6 +91,7 @@ def train(
     distributed.check_same({"configuration": config.to_json(sort_keys=True), "code": host.commit()})
     plan.check_rows(mesh)
     plan = plan.on(mesh)
+    say(f"kernels  {plan.kernels}")
     found = inputs.training_problems(config, plan.task, plan.tokenizer)
     say(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
     shard = jax.process_index(), jax.process_count()  # a problem's rows live on one process
@@ -148,7 +149,8 @@ def train(
                 # Nothing crosses between host and device but what is named: a transfer by accident is an error.
                 with jax.transfer_guard("disallow"):
                     # Think, cut, answer.
-                    weights = rollout.weights(plan.model, state.params)
+                    # Awaited: another program in flight beside its gathers could meet them in another order elsewhere.
+                    weights = jax.block_until_ready(rollout.weights(plan.model, state.params))
                     poll = functools.partial(stop.check, "think")
                     traces, trunk = rollout.sample_traces(plan.model, plan.rollout, weights, prompts, key, poll=poll)
                     forks = rollout.cut(traces.length, schedule)

@@ -155,7 +155,7 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match=r"implementation='flash' is unknown: choose one of \('reference'"):
         tree_attention(q, k, v, rows, "flash")
     with pytest.raises(ValueError, match=r"implementation='reference' cannot use the plan of 'pallas_tpu'"):
-        tree_attention(q, k, v, door.plan(rows, "pallas_tpu"), "reference")
+        tree_attention(q, k, v, jax.eval_shape(lambda: door.plan(rows, "pallas_tpu")), "reference")
     with pytest.raises(ValueError, match=r"platform='abacus' has no tree_attention of its own: choose one of \('tpu'"):
         door.choose("abacus")
     for arguments in (
@@ -257,4 +257,4 @@ def test_trees_beside_each_other_cost_about_what_they_cost_alone():
     cost = lambda row: int(blocks.computed_pairs(block_map(row, 128, 128).needed, 128, 128)[0])  # noqa: E731
     alone = sum(cost(blocks.fill(row, 128)) for row in rows)
     beside = Rows(*(np.concatenate([getattr(row, name) for row in rows], axis=1) for name in vars(rows[0])))
-    assert cost(blocks.fill(beside, 128)) < 1.15 * alone and alone < 1.5 * sum(visible)
+    assert cost(blocks.fill(beside, 128)) < 1.15 * alone and alone < 2 * sum(visible)

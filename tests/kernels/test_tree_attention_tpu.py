@@ -18,6 +18,7 @@ from tto_jax.kernels.tree_attention import blocks, pallas_tpu, pallas_tpu_plan, 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # there is no such device
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install 'tto-jax[tpu]'")
+plan_of = jax.jit(pallas_tpu.plan, static_argnums=(1, 2))
 KERNELS = {f"tree_attention_{name}": 1 for name in ("forward", "backward_queries", "backward_keys")}
 
 
@@ -61,18 +62,18 @@ def test_rows_and_heads_on_a_mesh(monkeypatch):
     name = "pallas_tpu_interpret"
 
     def run(q, k, v, rows):
-        with sharding.use(sharding.make_mesh((2, 1, 2), jax.devices()[:4])):
-            plan = sharding.split(lambda rows, _axis: door.plan(rows, name), rows, per_row, per_row)
-            local = lambda arrays, _axis: tree_attention(*arrays, name)  # noqa: E731
-            return sharding.split(local, (q, k, v, plan), (heads, heads, heads, per_row), heads)
+        plan = sharding.split(lambda rows, _axis: door.plan(rows, name), rows, per_row, per_row)
+        local = lambda arrays, _axis: tree_attention(*arrays, name)  # noqa: E731
+        return sharding.split(local, (q, k, v, plan), (heads, heads, heads, per_row), heads)
 
-    assert_equals_reference(run, rows, random_arrays(rows, 4, 2, 8), 2e-6)
+    with sharding.use(sharding.make_mesh((2, 1, 2), jax.devices()[:4])):
+        assert_equals_reference(run, rows, random_arrays(rows, 4, 2, 8), 2e-6)
 
 
 def test_steps_are_the_needed_blocks_in_order():
     rows = packed_rows()
-    plan = jax.tree.map(np.asarray, jax.jit(pallas_tpu.plan, static_argnums=(1, 2))(rows, 8, 16))
-    found = jax.tree.map(np.asarray, blocks.block_map(blocks.fill(rows, 16), 8, 16))
+    plan = jax.tree.map(np.asarray, plan_of(rows, 8, 16))
+    found = jax.tree.map(np.asarray, jax.jit(lambda rows: blocks.block_map(blocks.fill(rows, 16), 8, 16))(rows))
     for n, count in enumerate(plan.steps):
         for steps, own in ((plan.by_query[n], 0), (plan.by_key[n], 1)):
             pairs = np.stack([pallas_tpu_plan.query_of(steps), pallas_tpu_plan.key_of(steps)], axis=1)
@@ -100,25 +101,28 @@ def test_block_sizes(length, sizes):
 
 def test_misuse_is_refused():
     rows = packed_rows()
-    q, k, v, _ = random_arrays(rows, 4, 2, 8)
-    run = functools.partial(pallas_tpu.tree_attention, plan=pallas_tpu.plan(rows))
+    shape = lambda heads, width, dtype: jax.ShapeDtypeStruct((*rows.tree.shape, heads, width), dtype)  # noqa: E731
+    q, k = shape(4, 8, jnp.float32), shape(2, 8, jnp.float32)
+    planned = plan_of(rows, 128, 128)
     with pytest.raises(
         ValueError, match=r"q float32, k bfloat16, v float32: pallas_tpu takes one dtype of \('float32'"
     ):
-        run(q, k.astype(jnp.bfloat16), v)
+        pallas_tpu.tree_attention(q, shape(2, 8, jnp.bfloat16), k, planned)
     with pytest.raises(ValueError, match="pallas_tpu takes one dtype of"):
-        run(*(x.astype(jnp.float16) for x in (q, k, v)))
-    with pytest.raises(ValueError, match="blocks of 64 queries and 128 keys: on a TPU they are multiples of 128"):
-        pallas_tpu.tree_attention(q, k, v, pallas_tpu.plan(rows, 64, 128))
-    q, k, v, _ = random_arrays(rows, 128, 1, 256)
+        pallas_tpu.tree_attention(*[shape(2, 8, jnp.float16)] * 3, planned)
+    with pytest.raises(ValueError, match="blocks of 8 queries and 16 keys: on a TPU they are multiples of 128"):
+        pallas_tpu.tree_attention(q, k, k, plan_of(rows, 8, 16))
     with pytest.raises(ValueError, match=r"128 query heads of 256 on 1 KV heads in float32.*bytes of VMEM"):
-        run(q, k, v)
+        pallas_tpu.tree_attention(shape(128, 256, jnp.float32), *[shape(1, 256, jnp.float32)] * 2, planned)
     long = jax.tree.map(lambda x: jax.ShapeDtypeStruct((64, 40_000), x.dtype), rows)
     with pytest.raises(ValueError, match=r"64 rows of 40448 tokens.*the list of blocks takes 3,195,392 bytes"):
         jax.eval_shape(pallas_tpu.plan, long)
-    # Not by JAX itself on another machine than a TPU: nothing else is run in its place.
+
+
+def test_on_another_machine_nothing_else_runs_in_its_place():
+    arrays = random_arrays(rows := packed_rows(), 4, 2, 8)[:3]
     with pytest.raises(ValueError, match="interpret mode"):
-        tree_attention(*random_arrays(rows, 4, 2, 8)[:3], rows, "pallas_tpu")
+        jax.jit(tree_attention, static_argnums=4).lower(*arrays, rows, "pallas_tpu")
 
 
 def compiled(topology, rows, length, heads, kv_heads, width, dtype=jnp.bfloat16):

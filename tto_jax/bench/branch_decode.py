@@ -57,8 +57,8 @@ def run(shape: Shape, options: Options) -> Result:
         alone = functools.partial(jitted[names[0]], query, (repeated(trunk, shape.branches), own))
         calls.append(alone)
         sides.append(Side(FLATTENED, alone, work(model, shape, trunks=queries), queries))
-    difference = largest_difference([call() for call in calls])
     rows = measure(chosen(sides, options), shape.repeat)
+    difference = largest_difference([call() for call in calls])
     ratios = ratios_to(rows, {FLATTENED: names[0], "reference": names[0]})
     return Result(rows, ratios, difference, TOLERANCE[shape.dtype])
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tto_jax.bench import limits
 from tto_jax.bench.limits import Work
 from tto_jax.bench.options import Options, chosen
 from tto_jax.bench.timing import Result, Side, measure
@@ -62,17 +63,18 @@ def run(shape: Shape, options: Options) -> Result:
         TIGHT: lambda: loop_credit(correct, forks, weights, shape.tokens, spread_in_lists),
     }
 
-    ours = jax.device_get(jitted(*arguments))
-    difference = max(float(np.abs(a - b).max()) for loop in loops.values() for a, b in zip(ours, loop()))
-    written, number = Work(bytes=sum(x.nbytes for x in ours)), shape.problems * shape.group_size * shape.tokens
+    number = shape.problems * shape.group_size * shape.tokens
+    written = Work(bytes=limits.FLOAT32 * (number + correct.size))
     device = [
         Side(OURS, lambda: jitted(*arguments), written, number),
-        Side(WRITE, lambda: fill(value), Work(bytes=ours[0].nbytes), number),
+        Side(WRITE, lambda: fill(value), Work(bytes=limits.FLOAT32 * number), number),
     ]
     plain = [Side(name, loop, written, number) for name, loop in loops.items()]
     wanted = chosen([*device, *plain], options)
     rows = measure([side for side in device if side in wanted], shape.repeat)
     rows += measure([side for side in plain if side in wanted], shape.loop_calls, left_out=0)
+    ours = jax.device_get(jitted(*arguments))
+    difference = max(float(np.abs(a - b).max()) for loop in loops.values() for a, b in zip(ours, loop()))
     median = {row.name: row.timing.median for row in rows}
     ratios = {f"times faster than {name}": median[name] / median[OURS] for name in loops if {name, OURS} <= set(median)}
     if {OURS, WRITE} <= set(median):

@@ -51,7 +51,7 @@ SHAPES = {
 def run(shape: Shape, options: Options) -> Result:
     """Sampled tokens with their log-probs; a peer samples from the same weights and prompts, without log-probs.
 
-    The peer computes the log-probs of some of our tokens first: they must agree.
+    The peer computes the log-probs of some of our tokens, too: they must agree.
     """
     check(shape, options)
     loaded = models.find(shape.model, shape.dtype, hf=options.hf)
@@ -68,11 +68,10 @@ def run(shape: Shape, options: Options) -> Result:
         tokens = shape.rows * shape.new
         work = limits.thinking(model, shape.rows // shape.group, shape.group, shape.prompt, shape.new)
         sides = [Side(OURS, ours, work, tokens)]
-        difference = 0.0
         if peer is not None:
-            difference = peer_difference(peer, prompts, shape, ours())
             sides.append(Side(options.peer, peer.generate, work, tokens, peer.clock, peer))
         rows = measure(chosen(sides, options), shape.repeat)
+        difference = peer_difference(peer, prompts, shape, ours()) if peer is not None else 0.0
     notes = {"parameters": limits.parameters(model)} | ({"peer": peer.versions} if peer else {})
     return Result(rows, ratios_to(rows, dict.fromkeys(PEERS, OURS)), difference, TOLERANCE[shape.dtype], notes)
 

@@ -48,8 +48,8 @@ def run(shape: Shape, options: Options) -> Result:
             call = functools.partial(jax.jit(function(name)), *arrays)
             sides.append(Side(f"{name} {what}", call, work(gradient=what == "gradient"), shape.rows))
     wanted = chosen(sides, options)
-    difference = max(largest_difference([x.call() for x in wanted if x.name.endswith(what)]) for what in WHAT)
     rows = measure(wanted, shape.repeat)
+    difference = max(largest_difference([x.call() for x in wanted if x.name.endswith(what)]) for what in WHAT)
     found = ratios_to(rows, {f"reference {what}": f"{names[0]} {what}" for what in WHAT})
     return Result(rows, found, difference, TOLERANCE[shape.dtype])
 

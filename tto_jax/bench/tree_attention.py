@@ -64,11 +64,11 @@ def run(shape: Shape, options: Options) -> Result:
             call = _all(function, names[0], model, flat)
             sides.append(Side(f"flattened {what}", call, flat_work(model, sizes, what), tokens))
     wanted = chosen(sides, options)
+    found = measure(wanted, shape.repeat)
     trees_only = [side for side in wanted if not side.name.startswith("flattened")]
     difference = max(
         largest_difference([side.call() for side in trees_only if side.name.endswith(what)]) for what in WHAT
     )
-    found = measure(wanted, shape.repeat)
     ratios = ratios_to(
         found,
         {f"{other} {what}": f"{names[0]} {what}" for other in ("flattened", "reference") for what in WHAT},

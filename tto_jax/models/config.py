@@ -88,6 +88,7 @@ class ModelConfig:
     )
     dtype: str = "float32"
     kv_copies: int = 1  # of each KV head in activations and cache, for more tensor shards than KV heads
+    branch_decode: str = "merged"  # implementation of the attention of new tokens over the cache
     remat: str = "none"  # what the backward recomputes: nothing, all but matrix products, whole layers
 
     def __post_init__(self):

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from tto_jax import sharding
 from tto_jax.core.types import Array, TokenTree
-from tto_jax.kernels.branch_decode import CachePart, branch_decode
-from tto_jax.kernels.tree_attention import tree_attention
+from tto_jax.kernels import branch_decode, tree_attention
+from tto_jax.kernels.branch_decode import CachePart
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
 from tto_jax.models.rope import rotary
@@ -73,10 +73,12 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Array, position: Array, attend: Callable) -> tuple[Array, Any]:
         """x [R,T,M] -> ([R,T,M], state)."""
-        mixed, state = self.attention(self.attention_norm(x), position, attend)
-        x = x + mixed
-        y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), state
+        with jax.named_scope("attention"):
+            mixed, state = self.attention(self.attention_norm(x), position, attend)
+            x = x + mixed
+        with jax.named_scope("mlp"):
+            y = self.mlp_norm(x)
+            return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), state
 
 
 class Decoder(nnx.Module):
@@ -198,15 +200,16 @@ def forward_rows(
     config: ModelConfig, params: Params, rows: TokenTree, attention_implementation: str = "reference"
 ) -> jax.Array:
     """Hidden states [N,L,M] of packed rows (tokens, position, tree, branch, fork are read)."""
+    plan = tree_attention.plan(rows, attention_implementation)  # once for all layers
 
     def local(arrays, _axis):
-        return tree_attention(*arrays, implementation=attention_implementation)
+        return tree_attention.tree_attention(*arrays, implementation=attention_implementation)
 
     def attend(_layer, _state, q, k, v):
         heads = P(sharding.ROWS, None, "tensor")
-        return sharding.split(local, (q, k, v, rows), (heads, heads, heads, P(sharding.ROWS)), heads), ()
+        return sharding.split(local, (q, k, v, plan), (heads, heads, heads, P(sharding.ROWS)), heads), ()
 
-    return _merge(config, pad_vocabulary(params))(rows.tokens, rows.position, attend, ())[0]
+    return _merge(config, params)(rows.tokens, rows.position, attend, ())[0]
 
 
 def decode(
@@ -236,7 +239,7 @@ def decode(
         parts = [part.cache.part(layer, part.visible) for part in context] + [cache.part(layer, visible)]
         heads, per_row = P(sharding.ROWS, "tensor"), P(sharding.ROWS)
         specs = [CachePart(k=heads, v=heads, visible=per_row) for _ in parts]
-        local = lambda arrays, _axis: branch_decode(*arrays)  # noqa: E731
+        local = lambda arrays, _axis: branch_decode.branch_decode(*arrays, config.branch_decode)  # noqa: E731
         out = sharding.split(local, (q.reshape(-1, *q.shape[2:]), parts), (heads, specs), heads)
         return out.reshape(q.shape), cache
 

@@ -15,9 +15,9 @@ from tto_jax.core import token_tree
 from tto_jax.core.types import Array, TokenTree
 from tto_jax.kernels.tree_attention import blocks, reference
 
-DENSE = 192  # tokens of a row up to which it is one block: nothing could be skipped
-SHORT = 1024  # tokens of a row up to which the small block is used
-SMALL_BLOCK, LARGE_BLOCK = 128, 256
+DENSE = 96  # tokens of a row up to which it is one block: there is too little to skip for what a loop's step costs
+SHORT = 512  # tokens of a row up to which the small block is used
+SMALL_BLOCK, LARGE_BLOCK = 64, 128
 _HIDDEN = -1e30  # a logit that no maximum keeps: every token sees itself
 
 
