@@ -305,12 +305,13 @@ def test_what_does_not_fit_says_what_it_needs_and_what_there_is(topology):
     assert limit == tpu_chips.of(topology).hbm
 
 
-def small(remat="full", trace=256, micro=2, layers=2, mesh=(1, -1, 1)):
+def small(remat="full", trace=256, micro=2, layers=2, mesh=(1, -1, 1), attention="reference"):
     """A small pretrained model on math problems, its sizes multiples of a tile."""
     config = math_config.get_config("brpo")
     config.model.update(dict(vocab_size=1024, hidden_size=256, num_layers=layers, num_heads=4, num_kv_heads=2))
     config.model.update(dict(head_dim=128, mlp_size=1024, max_position=100_000, rope_theta=1e4, norm_eps=1e-6))
     config.model.update(dict(attention_bias=True, qk_norm=False, tie_embeddings=False, remat=remat))
+    config.learner.attention = attention
     config.task.update({"max_prompt_tokens": 128, "max_answer_tokens": 24})
     config.budgets.tokens, config.evaluation.budgets = (trace // 2, trace), (trace,)
     config.rollout.update({"problems": 8, "group_size": 4, "answers": 2, "segment": 100})
@@ -362,6 +363,17 @@ def test_an_update_computes_the_forward_twice_and_the_backward():
     own = found.hbm_bytes
     assert own.total == own.arguments + own.outputs + own.temporaries + own.code + own.held
     assert found.bound_s == max(found.bounds.values()) == found.bounds[found.bound_by]
+
+
+@needs_libtpu
+def test_the_kernel_follows_the_platform_of_the_mesh():
+    """Compiled on a machine with CPUs only, for TPUs: Mosaic calls, forward and backward, whose work is counted."""
+    found, plan, _ = part_of("update", "v5e:2x2", small(trace=128, attention=""))
+    assert plan.loss.attention == "pallas_tpu"
+    names = ("forward", "backward_queries", "backward_keys")
+    calls = {name: n for kernel, n in found.cost.kernels.items() for name in names if name in kernel}
+    assert calls.keys() == set(names) and all(n >= plan.model.num_layers for n in calls.values())
+    assert not found.cost.uncounted and found.fits
 
 
 @needs_libtpu
@@ -454,7 +466,7 @@ def fake(needs):
     def compile_part(part, mesh, chip, slices):
         model, loss = part.arguments[:2]
         micro, size = loss.micro_rows // mesh.size, needs[model.remat] * loss.micro_rows // mesh.size
-        seconds = {"none": 1.0, "dots": 2.0, "full": 3.0}[model.remat] - 0.1 * micro
+        seconds = {"none": 1.0, "dots": 2.0, "attention": 2.5, "full": 3.0}[model.remat] - 0.1 * micro
         cost = hlo_cost.Cost(0.0, 0.0, (), {}, {}, ())
         memory = aot.Memory(0, 0, size, 0, 0, size)
         return aot.Compiled(part.name, 1, 0.0, memory, 100, size <= 100, cost, {"compute": seconds}, (), "")
@@ -467,14 +479,14 @@ def fake(needs):
     [
         # 4 rows a part: full fits with all of them, dots with 2, none with no row.
         (
-            {"full": 25, "dots": 50, "none": 101},
-            ["full1", "full2", "full4", "dots1", "dots2", "dots4", "none1"],
+            {"full": 25, "attention": 30, "dots": 50, "none": 101},
+            ["full1", "full2", "full4", "attention1", "attention2", "attention4", "dots1", "dots2", "dots4", "none1"],
             "dots2",
         ),
-        ({"full": 101, "dots": 200, "none": 300}, ["full1"], None),
+        ({"full": 101, "attention": 150, "dots": 200, "none": 300}, ["full1"], None),
         (
-            {"full": 10, "dots": 20, "none": 100},
-            ["full1", "full2", "full4", "dots1", "dots2", "dots4", "none1", "none2"],
+            {"full": 10, "attention": 101, "dots": 20, "none": 100},
+            ["full1", "full2", "full4", "attention1", "dots1", "dots2", "dots4", "none1", "none2"],
             "none1",
         ),
     ],

@@ -207,7 +207,8 @@ def _instruction(line: str) -> Instruction:
 def _computations(text: str) -> Iterator[tuple[str, bool, list[Instruction]]]:
     """Name, whether it is the entry, and its instructions."""
     name, lines = None, []
-    for line in text.splitlines():
+    # Of a kernel with several results the compiler writes attributes over several lines.
+    for line in re.sub(r'\n(?="|\}, ")', "", text).splitlines():
         if name is None:
             found = re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line)
             if found:
@@ -477,7 +478,7 @@ def _branches(x):
 
 def _estimate(x) -> dict | None:
     """What the author of a Mosaic kernel says that it costs."""
-    found = re.search(r'"cost_estimate":(\{[^{}]*\})', x.attributes)
+    found = re.search(r'"cost_estimate": *(\{[^{}]*\})', x.attributes)
     if not found:
         return None
     said = json.loads(found.group(1))

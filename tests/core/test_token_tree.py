@@ -226,6 +226,18 @@ def test_several_trees_in_a_row(one_token):
 
 
 @pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
+def test_padding_sees_itself_alone(one_token):
+    """And nothing sees it: attention has nothing to compute for it."""
+    for _case, rows, _ in cases(one_token)[:2]:
+        for some in (rows, token_tree.join_trees(rows, 2, token_tree.num_sequences(S, A))):
+            mask = np.asarray(jax.vmap(token_tree.visible)(some, some))
+            padding = np.asarray(some.tree) < 0
+            alone = np.broadcast_to(np.eye(mask.shape[1], dtype=bool), mask.shape)
+            np.testing.assert_array_equal(mask[padding], alone[padding])
+            np.testing.assert_array_equal(mask.swapaxes(1, 2)[padding], alone[padding])
+
+
+@pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
 def test_sequences_are_blocks_and_answers(one_token):
     """How many trained tokens each sequence has; tokens behind the last fork go with its block."""
     number = token_tree.num_sequences(S, A)
@@ -331,7 +343,8 @@ def test_sequences():
     np.testing.assert_array_equal(rows.position, [range(6)] * 2)
     np.testing.assert_array_equal(rows.source, [[0, 0, 1, 2, 3, 4]] * 2)
     np.testing.assert_array_equal(rows.loss_mask, mask)
-    for name in ("branch", "fork", "sequence", "advantage", "sampler_logprob", "old_logprob", "ref_logprob"):
+    np.testing.assert_array_equal(rows.branch, [[0, 0, 0, 0, -5, -6], [0] * 6])
+    for name in ("fork", "sequence", "advantage", "sampler_logprob", "old_logprob", "ref_logprob"):
         assert getattr(rows, name).shape == (2, 6) and not getattr(rows, name).any()
     with pytest.raises(AssertionError):
         token_tree.sequences(tokens, [4, 6], mask[:, 1:])

@@ -181,7 +181,7 @@ def test_remat_changes_neither_values_nor_gradients():
     weights = np.random.default_rng(3).normal(size=(*rows.tokens.shape, ALL.vocab_size)).astype(np.float32)
     params = random_params(ALL)
     results = {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         config = dataclasses.replace(ALL, remat=remat)
         function = functools.partial(summed_loss, config)
         traced = str(jax.make_jaxpr(function)(params, rows, weights))

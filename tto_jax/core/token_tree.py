@@ -60,9 +60,8 @@ def pack(
     def one(prompt, prompt_length, trace, answer, forks, trace_advantage, answer_advantage):
         trunk = _trunk(prompt, prompt_length, trace, forks, trace_advantage)
         branches = _one_token_branches if one_token_answers else _branches
-        return _concatenate(
-            trunk, *branches(prompt.size, prompt_length, trace.tokens.size, answer, forks, answer_advantage)
-        )
+        rest = branches(prompt.size, prompt_length, trace.tokens.size, answer, forks, answer_advantage)
+        return _lone_padding(_concatenate(trunk, *rest))
 
     repeated = [jnp.repeat(jnp.asarray(x), group, axis=0) for x in (prompts.tokens, prompts.length)]
     return jax.vmap(one)(*repeated, traces, answers, forks, trace_advantage, answer_advantage)
@@ -99,6 +98,16 @@ def _segment(
 
 def _concatenate(*segments):
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *segments)
+
+
+def _lone_padding(row: TokenTree) -> TokenTree:
+    """Each padding token on a branch of its own: it sees itself alone, and attention has nothing to compute for it."""
+    padding = row.tree < 0
+    return dataclasses.replace(
+        row,
+        branch=jnp.where(padding, -1 - jnp.arange(row.tree.shape[-1]), row.branch),
+        fork=jnp.where(padding, 0, row.fork),
+    )
 
 
 def _trunk(prompt, prompt_length, trace, forks, advantage):
@@ -198,7 +207,7 @@ def join_trees(tree: TokenTree, trees_per_row: int, sequences: int) -> TokenTree
         source=tree.source + index * length,
         sequence=tree.sequence + index * sequences,
     )
-    return jax.tree.map(lambda x: x.reshape(rows // trees_per_row, trees_per_row * length), tree)
+    return _lone_padding(jax.tree.map(lambda x: x.reshape(rows // trees_per_row, trees_per_row * length), tree))
 
 
 def packed(tokens: Array, tree: Array, position: Array, target_mask: Array) -> TokenTree:
@@ -216,7 +225,7 @@ def packed(tokens: Array, tree: Array, position: Array, target_mask: Array) -> T
         tokens=integer(tokens),
         position=integer(position),
         tree=integer(tree),
-        branch=integer(kind.zeros_like(index)),
+        branch=integer(kind.where(kind.asarray(tree) < 0, -1 - index, 0)),  # padding sees itself alone
         fork=integer(kind.zeros_like(index)),
         source=integer(kind.maximum(index - 1, 0)),
         sequence=integer(kind.maximum(tree, 0)),

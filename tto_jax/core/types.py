@@ -77,7 +77,7 @@ class TokenTree:
     tokens: Array  # i32[N, L]
     position: Array  # i32[N, L], from the start of the prompt; a branch restarts at its fork
     tree: Array  # i32[N, L], -1 = padding
-    branch: Array  # i32[N, L], 0 = prompt and trace
+    branch: Array  # i32[N, L], 0 = prompt and trace; each padding token has one of its own, below 0
     fork: Array  # i32[N, L], absolute: prompt length + the trace's fork
     source: Array  # i32[N, L], index in the row of the hidden state that predicts this token
     sequence: Array  # i32[N, L], from 0 in a row: which thinking block, or which answer, a sampled token belongs to

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "full")  # what the backward computes again grows to the right
 # The options of each kind of rotary scaling, beside factor and original_max_position.
 ROPE_SCALING = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
@@ -89,7 +89,9 @@ class ModelConfig:
     dtype: str = "float32"
     kv_copies: int = 1  # of each KV head in activations and cache, for more tensor shards than KV heads
     branch_decode: str = "merged"  # implementation of the attention of new tokens over the cache
-    remat: str = "none"  # what the backward recomputes: nothing, all but matrix products, whole layers
+    remat: str = (
+        "none"  # what the backward recomputes: nothing, all but matrix products, all but attention, whole layers
+    )
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):

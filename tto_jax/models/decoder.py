@@ -153,8 +153,13 @@ def _lookup(table, tokens):
 def _remat(function, policy: str):
     if policy == "none":
         return function
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(function, policy=saved)
+    policies = jax.checkpoint_policies
+    saved = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names("tree_attention"),
+        "full": None,
+    }
+    return jax.checkpoint(function, policy=saved[policy])
 
 
 @functools.lru_cache(maxsize=16)
@@ -200,7 +205,8 @@ def forward_rows(
     config: ModelConfig, params: Params, rows: TokenTree, attention_implementation: str = "reference"
 ) -> jax.Array:
     """Hidden states [N,L,M] of packed rows (tokens, position, tree, branch, fork are read)."""
-    plan = tree_attention.plan(rows, attention_implementation)  # once for all layers
+    make = lambda rows, _axis: tree_attention.plan(rows, attention_implementation)  # noqa: E731
+    plan = sharding.split(make, rows, P(sharding.ROWS), P(sharding.ROWS))  # once for all layers
 
     def local(arrays, _axis):
         return tree_attention.tree_attention(*arrays, implementation=attention_implementation)
