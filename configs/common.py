@@ -115,7 +115,15 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "steps": 1,
             "mesh": (1, 1, 1),  # devices along data, fsdp, tensor; -1: the rest of them
             "budgets": {"tokens": budgets if all_budgets else budgets[-1:], "prior": prior},
-            "rollout": {"problems": 64, "group_size": 8, "answers": number, "temperature": 1.0, "segment": 256},
+            "rollout": {
+                "problems": 64,
+                "group_size": 8,
+                "answers": number,
+                "temperature": 1.0,
+                "segment": 256,
+                "slots": 0,  # traces decoded at a time; 0: all of them
+                "answer_slots": 0,  # of them, whose answers are decoded together; 0: a quarter
+            },
             "credit": {
                 "estimator": {
                     "kind": estimator,

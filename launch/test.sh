@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv, installs the test extra, lints, runs the tests. Arguments go to pytest: `bash launch/test.sh -m slow`.
+# Makes .venv, installs the test extra, lints, runs the tests, files shared among two processes (compiling takes most of
+# the time). Arguments go to pytest: `bash launch/test.sh -m slow -n 0`, the long ones, one after the other.
 set -euo pipefail
 EXTRAS=test
 source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -146,7 +146,7 @@ def test_threads(tmp_path):
     file = tmp_path / "x"
     command = [sys.executable, "-m", "tto_jax.bench", "credit", "--shape=ci", "--threads=1", f"--json={file}", *GIVEN]
     environment = {key: value for key, value in os.environ.items() if key != threads.MARK}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     line = json.loads(file.read_text().splitlines()[0])
     assert line["threads"] == 1 and line["environment"]["NPROC"] == "1"

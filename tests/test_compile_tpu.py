@@ -380,7 +380,7 @@ def test_the_kernel_follows_the_platform_of_the_mesh():
 def test_thinking_on_tensor_shards():
     """The loop that may end early counts a segment's tokens; each reads the weights and the whole cache."""
     found, plan, pod = part_of("think", "v5p:2x2x1", small(mesh=(1, 2, 2)))
-    assert found.calls == 3 and list(found.cost.dynamic.values()) == [86]  # segments of at most 100 of 256 tokens
+    assert found.calls == 3 and 86 in found.cost.dynamic.values()  # segments of at most 100 of 256 tokens
     model, rows = plan.model, plan.rows / 2
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = model.hidden_size * (2 * heads + 2 * kv + 3 * model.mlp_size) / 2
@@ -405,9 +405,9 @@ def test_a_part_gets_what_the_one_before_gives():
 
     think, (_, _, _, trunk, traces, _, _) = found["think"].arguments, found["answers"].arguments
     started, thought = results(found["prefill"]), results(found["think"])[0]
-    given = (started[0].hidden, started[0].cache, started[1], started[2].thinking, thought)
-    taken = (think[5].hidden, think[5].cache, think[4], think[6], think[5])
-    given, taken = (*given, thought.cache, thought.traces), (*taken, trunk.trace_cache, traces)
+    given = (started[0].flow.hidden, started[0].cache, started[1], started[2].thinking, thought)
+    taken = (think[5].flow.hidden, think[5].cache, think[4], think[6], think[5])
+    given, taken = (*given, thought.cache, thought.tokens), (*taken, trunk.trace_cache, traces.tokens)
     for layout, wanted in zip(jax.tree.leaves(given), jax.tree.leaves(taken), strict=True):
         assert layout.is_equivalent_to(wanted.sharding, len(wanted.shape)), (layout, wanted)
 

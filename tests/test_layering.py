@@ -48,7 +48,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
         4,
     ),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu", "sft")), 5),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("bench_grading", "convert", "prepare_data")), 5),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data")), 5),
 }
 ONLY = {  # what these may import beside the standard library
     "tto_jax": (),

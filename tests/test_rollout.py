@@ -15,7 +15,7 @@ from tto_jax.core.sampling import SampleConfig
 from tto_jax.core.types import Credit, Prompts
 from tto_jax.models import decoder
 from tto_jax.models.config import ModelConfig
-from tto_jax.rollout import RolloutConfig
+from tto_jax.rollout import RolloutConfig, thinking
 
 B, G, A, P, CAP = 4, 4, 3, 5, 4
 BUDGETS = (2, 5, 7, 11)
@@ -339,17 +339,17 @@ def always(token):
 
 @pytest.mark.parametrize(("token", "segments"), [(THINK_END, 1), (EOS, 1), (13, 3)], ids=["think-end", "eos", "never"])
 def test_no_segment_runs_after_all_traces_have_ended(token, segments, monkeypatch):
-    calls, think = [], rollout._think
+    steps, think = [], thinking.think
 
-    def counted(*args):
-        state, done = think(*args)
-        calls.append(int(state.position))
-        return state, done
+    def counted(*args, **options):
+        state, progress = think(*args, **options)
+        steps.append(int(progress.steps))
+        return state, progress
 
-    monkeypatch.setattr(rollout, "_think", counted)
+    monkeypatch.setattr(thinking, "think", counted)
     traces, _, answers = run(weights=always(token))
     stopped = segments == 1
-    assert calls == ([1] if stopped else [4, 8, 11])
+    assert steps == ([1] if stopped else [4, 4, 3])
     assert (traces.length == (1 if stopped else C)).all()
     assert traces.ended.all() == (token == THINK_END) and traces.eos.all() == (token == EOS)
     assert (traces.tokens[:, : traces.length[0]] == token).all()

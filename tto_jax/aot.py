@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from tto_jax import hlo_cost, learner, rollout, sharding, tpu_chips
 from tto_jax.core import token_tree
 from tto_jax.core.types import Answers, Credit, Prompts, TokenTree, Traces
+from tto_jax.models import decoding
 from tto_jax.settings import Settings
 
 PARTS = ("weights", "prefill", "think", "answers", "logprobs", "update")  # in the order of a step
@@ -80,13 +81,15 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
     """The parts of a step, by name; `plan` as it is on the mesh (`Settings.on`)."""
     model, engine, loss = plan.model, plan.rollout, plan.loss
     state = _placed(mesh, learner.abstract_state(model, plan.optimizer), model.num_kv_heads)
-    cast = jax.eval_shape(lambda params: rollout.weights(model, params), state.params)
-    weights = _placed(mesh, cast, model.num_kv_heads, without=("fsdp",))
+    with jax.set_mesh(mesh):
+        cast = jax.eval_shape(lambda params: rollout.weights(model, params), state.params)
+        weights = _with(cast, decoding.shardings(mesh, model))
     prompts = split_rows(mesh, _prompts(plan, plan.problems))
     key = split_rows(mesh, jax.eval_shape(lambda: jax.random.key(0)))
     number = split_rows(mesh, _array(jnp.int32))
-    started = jax.eval_shape(lambda *x: rollout._start(model, engine, *x), weights, prompts, key, number)
+    started = jax.eval_shape(lambda *x: rollout.start(model, engine, *x), weights, prompts, key, number)
     thinking, cache, keys = split_rows(mesh, started)
+    traces = split_rows(mesh, jax.eval_shape(lambda state: state.traces(engine), thinking))
     trunk = rollout.Trunk(prompts=prompts, prompt_cache=cache, trace_cache=thinking.cache, first_trace=number)
     forks = split_rows(mesh, _array(jnp.int32, plan.rows, plan.schedule.size))
     rows = split_rows(mesh, packed_rows(plan, plan.rows))
@@ -96,10 +99,10 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
     segments = math.ceil(engine.trace_pad / engine.segment)
     found = (
         Part("weights", rollout.weights, (model, state.params), held=moments),
-        Part("prefill", rollout._start, (model, engine, weights, prompts, key, number), held=held),
+        Part("prefill", rollout.start, (model, engine, weights, prompts, key, number), held=held),
         Part(
             "think",
-            rollout._think,
+            rollout.think,
             (model, engine, weights, prompts, cache, thinking, keys.thinking, number),
             calls=segments,
             held=held,
@@ -108,7 +111,7 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
         Part(
             "answers",
             rollout.sample_answers,
-            (model, engine, weights, trunk, thinking.traces, forks, key),
+            (model, engine, weights, trunk, traces, forks, key),
             held=held,
             most_trips=max(engine.answer_cap - 1, 1),
         ),
@@ -179,8 +182,8 @@ def split_rows(mesh: Mesh, tree: Any) -> Any:
     """Shapes with the layout that they have in a rollout: rows split, caches by heads too, scalars on every chip."""
 
     def layout(leaf):
-        if leaf.ndim == 5:  # a cache: layers, rows, heads
-            return NamedSharding(mesh, P(None, sharding.ROWS, "tensor"))
+        if leaf.ndim == 4:  # a cache: rows, heads
+            return NamedSharding(mesh, P(sharding.ROWS, "tensor"))
         return NamedSharding(mesh, P(sharding.ROWS) if leaf.ndim else P())
 
     return _with(tree, jax.tree.map(layout, tree))

@@ -128,7 +128,9 @@ def on(config: ConfigDict, pod: Pod) -> Settings:
     """The settings on the pod. Raises ValueError if its rows or heads cannot be split over the mesh."""
     plan = settings.build(config, need_model=False)
     plan.check_rows(pod.mesh)
-    return plan.on(pod.mesh)
+    plan = plan.on(pod.mesh)
+    plan.check_slots(pod.mesh, pod.chip.hbm)
+    return plan
 
 
 def fit(config: ConfigDict, pod: Pod) -> list[dict]:

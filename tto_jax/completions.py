@@ -212,7 +212,9 @@ def identity(settings: Settings, params: Params, sets: dict[str, Sequence[Proble
             "elicit_ended": tokenizer.elicit_ended,
             "elicit_cut": tokenizer.elicit_cut,
         },
-        "model": dataclasses.asdict(dataclasses.replace(settings.model, kv_copies=1)),  # which follow the mesh
+        "model": dataclasses.asdict(
+            dataclasses.replace(settings.model, kv_copies=1, branch_decode="")
+        ),  # those follow the mesh
         "parameters": fingerprint(params),
     }
 

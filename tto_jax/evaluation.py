@@ -174,6 +174,8 @@ def evaluate(
         settings.rollout,
         group_size=len(plan[0].traces),
         trace_pad=int(options.budgets[-1]),
+        slots=0,  # a part has the rows that fit
+        answer_slots=0,
         answers=options.answers,
         sample=SampleConfig(temperature=options.temperature),
     )
@@ -219,9 +221,9 @@ def _sample(settings, config, params, problems, together, size, options, poll) -
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
     schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
     numbers = together[0].traces
-    traces, trunk = rollout.sample_traces(settings.model, config, params, on_device, key, numbers.start, poll)
-    forks = rollout.cut(traces.length, schedule)
-    answers = rollout.sample_answers(settings.model, config, params, trunk, traces, forks, key)
+    traces, forks, answers, _ = rollout.sample(
+        settings.model, config, params, on_device, key, schedule, numbers.start, poll
+    )
     local = sharding.local_rows((traces, forks, answers))
     if not mine:
         return {}

@@ -127,12 +127,26 @@ class Settings:
             )
 
     def kv_bytes(self) -> int:
-        """Bytes of KV that a rollout holds: prompts, traces, inserted tokens and answers."""
-        columns = self.rows * self.schedule.size
-        tokens = self.problems * self.prompt_pad + self.rows * self.rollout.trace_pad
-        tokens += columns * (self.rollout.forced_pad + self.rollout.answers * self.rollout.answer_cap)
-        width = jnp.dtype(self.model.dtype).itemsize * self.model.num_kv_heads * self.model.head_dim
-        return 2 * self.model.num_layers * tokens * width
+        """Bytes of KV that a rollout holds at most: prompts, traces or slots, inserted tokens and answers."""
+        tokens = self.rollout.kv_tokens(self.problems, self.prompt_pad, self.schedule.size)
+        width = jnp.dtype(self.model.dtype).itemsize * self.model.num_kv_heads * self.model.kv_copies
+        return 2 * self.model.num_layers * tokens * width * self.model.head_dim
+
+    def kv_bytes_a_chip(self, mesh: jax.sharding.Mesh | None) -> int:
+        """Of these settings on the mesh (`on`): rows are split over data and fsdp, heads over tensor."""
+        return self.kv_bytes() if mesh is None else -(-self.kv_bytes() // mesh.size)
+
+    def check_slots(self, mesh: jax.sharding.Mesh | None, memory: int | None) -> None:
+        """Raises ValueError if the slots cannot be split as the mesh asks, or their KV exceeds a chip's memory.
+
+        memory: bytes of a chip; None where it is not known.
+        """
+        self.rollout.check(self.problems, 1 if mesh is None else sharding.row_shards(mesh))
+        if memory and (needed := self.kv_bytes_a_chip(mesh)) > memory:
+            raise ValueError(
+                f"rollout.slots={self.rollout.slots} (0: all {self.rows} traces): KV cache of {needed:,} bytes a chip, "
+                f"which has {memory:,}; choose fewer slots, or put more devices on data, fsdp or tensor"
+            )
 
 
 def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Settings:
@@ -162,6 +176,8 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         elicit_cut=tokenizer.elicit_cut,
         sample=SampleConfig(temperature=config.rollout.temperature),
         segment=config.rollout.segment,
+        slots=config.rollout.slots,
+        answer_slots=config.rollout.answer_slots,
     )
     settings = Settings(
         seed=config.seed,

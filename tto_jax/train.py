@@ -91,6 +91,7 @@ def train(
     distributed.check_same({"configuration": config.to_json(sort_keys=True), "code": host.commit()})
     plan.check_rows(mesh)
     plan = plan.on(mesh)
+    plan.check_slots(mesh, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
     say(f"kernels  {plan.kernels}")
     found = inputs.training_problems(config, plan.task, plan.tokenizer)
     say(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
@@ -151,13 +152,14 @@ def train(
                     # Think, cut, answer.
                     # Awaited: another program in flight beside its gathers could meet them in another order elsewhere.
                     weights = jax.block_until_ready(rollout.weights(plan.model, state.params))
+                    if step == start + 1:  # no length that comes later compiles anything
+                        rollout.compile_all(plan.model, plan.rollout, weights, prompts, key, schedule)
                     poll = functools.partial(stop.check, "think")
-                    traces, trunk = rollout.sample_traces(plan.model, plan.rollout, weights, prompts, key, poll=poll)
-                    forks = rollout.cut(traces.length, schedule)
-                    clock.mark("think", traces)
-                    answers = rollout.sample_answers(plan.model, plan.rollout, weights, trunk, traces, forks, key)
-                    clock.mark("answer", answers)
-                    del weights, trunk  # the update needs the room
+                    traces, forks, answers, stats = rollout.sample(
+                        plan.model, plan.rollout, weights, prompts, key, schedule, poll=poll
+                    )
+                    clock.mark("think", answers), clock.mark("answer")  # `stats` knows how the time was shared
+                    del weights  # the update needs the room
 
                     # Grade on the host, turn scores into credit, pack trees.
                     seen = sharding.local_rows((traces, forks, answers))
@@ -197,7 +199,7 @@ def train(
                 row = diagnostics.rollout_metrics(*everywhere, np.asarray(plan.schedule.tokens))
                 row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
                 row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
-                row |= totals | clock.seconds()
+                row |= stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
                 row |= throughput.speed(row, sampled, peak) | throughput.memory()
                 row |= throughput.goodput(record["began"], totals["seconds"])
                 writer.write(step, row)
@@ -315,7 +317,8 @@ def describe(plan: Settings) -> str:
         f"prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
         "credit": f"{plan.credit}",
         "rollout": f"{plan.problems} problems x {plan.rollout.group_size} traces x {plan.schedule.size} forks x "
-        f"{plan.rollout.answers} answers; {plan.kv_bytes():,} bytes of KV cache",
+        f"{plan.rollout.answers} answers, {plan.rollout.slots or plan.rows} traces at a time; {plan.kv_bytes():,} "
+        f"bytes of KV cache, split over mesh {plan.mesh}",
         "update": f"{plan.minibatches} minibatches of {plan.rows // plan.minibatches} rows of "
         f"{plan.row_length} tokens; {plan.optimizer}",
         "loss": plan.loss,

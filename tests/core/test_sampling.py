@@ -153,6 +153,31 @@ def test_large_and_shifted_logits():
     assert (np.asarray(plain) == np.asarray(moved)).mean() > 0.99
 
 
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.7, "temperature": 0.8}], ids=str)
+def test_logprob_of_the_whole_vocabulary(options):
+    """renormalise=False: the same tokens, with the log-prob that they have without a filter at this temperature."""
+    logits = np.random.default_rng(4).normal(size=300).astype(np.float32)
+    tokens, kept = sampler(**options)(logits, grid(400))
+    same, whole = sampler(**options, renormalise=False)(logits, grid(400))
+    np.testing.assert_array_equal(tokens, same)
+    expected = np.asarray(jax.nn.log_softmax(logits / options.get("temperature", 1.0)))[np.asarray(tokens)]
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    assert (np.asarray(kept) > np.asarray(whole) + 0.1).all()
+
+
+def test_the_vocabulary_comes_first_then_any_batch():
+    """Columns at once are columns one by one; sizes with and without a divisor near their root."""
+    for size in (50, 1021, 2048):
+        rng = np.random.default_rng(size)
+        logits, uniforms = rng.normal(size=(size, 2, 3)).astype(np.float32), rng.random((2, 3)).astype(np.float32)
+        tokens, logprob = jax.jit(sample)(logits, uniforms)
+        assert tokens.shape == logprob.shape == (2, 3)
+        for at in np.ndindex(2, 3):
+            token, one = sample(logits[:, *at], uniforms[at])
+            assert int(token) == int(tokens[at])
+            np.testing.assert_allclose(one, logprob[at], atol=1e-6)
+
+
 def test_rows_of_a_batch_are_independent():
     rng = np.random.default_rng(3)
     logits, uniforms = rng.normal(size=(6, 50)).astype(np.float32), rng.random(6).astype(np.float32)

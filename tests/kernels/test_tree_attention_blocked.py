@@ -25,7 +25,7 @@ def attend(block):
     return lambda q, k, v, rows: blocked.tree_attention(q, k, v, blocked.plan(rows, block))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_heads", [1, 4])
 def test_equals_the_reference(kv_heads):
     """On packed trees, on any vectors at all, and for logits whose maximum changes by far more than exp can hold."""
     for rows in (packed_rows(), random_rows(1)):
@@ -71,17 +71,14 @@ def test_pairs_computed_at_8k():
     assert pairs <= computed <= 1.1 * pairs
 
 
-def test_memory_grows_with_the_length_only():
-    """Temporaries of forward and backward, as the compiler counts them."""
-
-    def temporaries(length):
-        rows, shape = sequences(1, length), jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
-        loss = lambda q, k, v: blocked.tree_attention(q, k, v, blocked.plan(rows, 128)).sum()  # noqa: E731
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    small, large = temporaries(2048), temporaries(4096)
-    assert large < 2.2 * small and large < 4096 * 4096  # one head's logits would be four times that
+def test_no_array_over_all_pairs():
+    """Temporaries of forward and backward, as the compiler counts them, against one byte for each pair of one head."""
+    length = 4096
+    rows, shape = sequences(1, length), jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
+    loss = lambda q, k, v: blocked.tree_attention(q, k, v, blocked.plan(rows)).sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+    inputs = 3 * 4 * np.prod(shape.shape)
+    assert compiled.memory_analysis().temp_size_in_bytes < min(length**2, 5 * inputs)
 
 
 def test_short_rows_are_dense_and_blocks_grow_with_rows():

@@ -11,7 +11,8 @@ import pytest
 
 from tto_jax import sharding
 from tto_jax.core import token_tree
-from tto_jax.models import decoder
+from tto_jax.kernels.branch_decode import Interval
+from tto_jax.models import decoder, decoding
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
 
@@ -72,8 +73,11 @@ def row_logits(config, params, rows):
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
-def decode(config, params, tokens, position, cache, slot, visible, context=()):
-    return decoder.decode(config, params, tokens, position, cache, slot, visible, context)
+def decode(config, params, tokens, position, context=()):
+    return decoding.decode(config, decoding.arrange(config, params), tokens, position, context)
+
+
+write = jax.jit(Cache.write)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -94,26 +98,20 @@ def test_prefill_then_token_by_token_equals_whole_rows(name):
     config = FAMILIES[name]
     params, tokens = random_params(config), random_tokens(config)
     expected, _ = row_logits(config, params, plain_rows(tokens))
-    capacity, prefill = LENGTH + 3, 4
-    cache = jax.tree.map(lambda x: x + 7.0, Cache.empty(config, len(tokens), capacity))
-    slots = np.arange(capacity)
-
-    def visible(begin, end):
-        seen = slots[None, :] <= np.arange(begin, end)[:, None]
-        return np.broadcast_to(seen, (len(tokens), *seen.shape))
-
+    rows, prefill = len(tokens), 4
+    cache = jax.tree.map(lambda x: x + 7.0, Cache.empty(config, rows, LENGTH + 3))
     position = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-    parts = [(0, prefill)] + [(t, t + 1) for t in range(prefill, LENGTH)]
     found = []
-    for begin, end in parts:
-        span = slice(begin, end)
-        hidden, cache = decode(
-            config, params, tokens[:, span], position[:, span], cache, jnp.int32(begin), visible(begin, end)
-        )
+    for begin, end in [(0, prefill)] + [(t, t + 1) for t in range(prefill, LENGTH)]:
+        span, ends = slice(begin, end), np.full((rows, 1), begin, np.int32)
+        seen = Interval(begin=np.zeros_like(ends), end=np.broadcast_to(ends, (rows, end - begin)))
+        context = (Context(cache=cache, visible=seen),)
+        hidden, new = decode(config, params, tokens[:, span], position[:, span], context)
+        cache = write(cache, jnp.int32(begin), new)
         found.append(hidden)
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=5e-6)
-    untouched = [np.asarray(x) for x in (cache.k[..., LENGTH:], cache.v[..., LENGTH:, :])]
-    assert all((x == 7.0).all() for x in untouched)
+    untouched = [np.asarray(x[..., LENGTH:]) for x in cache.k] + [np.asarray(x[:, :, LENGTH:]) for x in cache.v]
+    assert len(untouched) == 2 * config.num_layers and all((x == 7.0).all() for x in untouched)
 
 
 def test_rows_share_finished_caches():
@@ -122,22 +120,12 @@ def test_rows_share_finished_caches():
     params = random_params(config)
     prompts, tails = random_tokens(config, (2, prompt)), random_tokens(config, (2 * number, tail), seed=2)
     length = np.asarray([prompt, prompt - 1], np.int32)
-    causal = np.broadcast_to(np.tri(prompt, dtype=bool), (2, prompt, prompt))
     position = np.broadcast_to(np.arange(prompt, dtype=np.int32), prompts.shape)
-    _, shared = decode(config, params, prompts, position, Cache.empty(config, 2, prompt), jnp.int32(0), causal)
+    _, shared = decode(config, params, prompts, position)
     seen = np.broadcast_to((np.arange(prompt) < length[:, None])[:, None], (2, number * tail, prompt))
     begin = np.repeat(length, number)[:, None]
-    own = np.broadcast_to(np.tri(tail, dtype=bool), (2 * number, tail, tail))
-    hidden, cache = decode(
-        config,
-        params,
-        tails,
-        begin + np.arange(tail, dtype=np.int32),
-        Cache.empty(config, 2 * number, tail),
-        jnp.int32(0),
-        own,
-        (Context(cache=shared, visible=seen),),
-    )
+    context = (Context(cache=shared, visible=seen),)
+    hidden, cache = decode(config, params, tails, begin + np.arange(tail, dtype=np.int32), context)
     assert (cache.rows, cache.capacity) == (2 * number, tail)
     joined = np.zeros((2 * number, prompt + tail), np.int32)
     for row in range(2 * number):
@@ -145,6 +133,44 @@ def test_rows_share_finished_caches():
     expected, _ = row_logits(config, params, plain_rows(joined, begin[:, 0] + tail))
     for row in range(2 * number):
         np.testing.assert_allclose(hidden[row], expected[row, begin[row, 0] : begin[row, 0] + tail], atol=5e-6)
+
+
+def test_blocks_go_to_places_of_their_own():
+    """Row by row: block 1, none, block 0; everything else keeps its values."""
+    config = ALL
+    old = jax.tree.map(lambda x: x + 7.0, Cache.empty(config, 3, 6))
+    new = jax.tree.map(lambda x: x + jnp.arange(1.0, 4.0).reshape(3, 1, 1, 1), Cache.empty(config, 3, 2))
+    found = jax.jit(Cache.write_blocks)(old, np.asarray([1, -1, 0]), new)
+    expected = np.full((3, 6), 7.0)
+    expected[0, 2:4], expected[2, :2] = 1.0, 3.0
+    for k, v in zip(found.k, found.v, strict=True):
+        np.testing.assert_array_equal(k, np.broadcast_to(expected[:, None, None], k.shape))
+        np.testing.assert_array_equal(v, np.broadcast_to(expected[:, None, :, None], v.shape))
+
+
+def test_arranged_weights_are_arranged_once():
+    """In the compute dtype, layer by layer, [out, in]; what is arranged stays, to the object."""
+    config = dataclasses.replace(ALL, dtype="bfloat16")
+    params = random_params(config)
+    weights = decoding.arrange(config, params)
+    assert decoding.arrange(config, weights) is weights
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(weights)) and len(weights.layers) == config.num_layers
+    gate = params["layers"]["gate"]["kernel"][1].T.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(weights.layers[1]["gate"]["kernel"], gate)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_arranged_weights_lie_as_the_table_says(shape):
+    """Split over `tensor` along the dimension that the table names, whole along `fsdp`; few KV heads are whole."""
+    mesh = sharding.make_mesh(shape)
+    config = dataclasses.replace(ALL, num_heads=8, num_kv_heads=2, vocab_size=24, hidden_size=16, mlp_size=32)
+    with jax.set_mesh(mesh):
+        found = decoding.shardings(mesh, config)
+    attention, kv = found.layers[2 - 1]["attention"], ("tensor",) if shape[2] == 2 else ()
+    for name, spec in (("q", ("tensor", None)), ("out", (None, "tensor")), ("k", (*kv, *[None] * len(kv)))):
+        expected = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        assert attention[name]["kernel"].is_equivalent_to(expected, 2), name
+    assert found.embed.spec[0] == found.head.spec[0] == "tensor" and not any(found.norm.spec)
 
 
 def test_a_token_changes_nothing_before_it_and_everything_after():
@@ -255,7 +281,7 @@ def test_initial_parameters():
         ("num_kv_heads", 8, r"choose one of \(1, 2, 4\)"),
         ("head_dim", 5, r"model\.head_dim=5"),
         ("dtype", "float16", r"'float16' .*\('float32', 'bfloat16'\)"),
-        ("remat", "some", r"'some' .*\('none', 'dots', 'full'\)"),
+        ("remat", "some", r"'some' .*\('none', 'dots', 'attention', 'full'\)"),
         ("vocab_size", 0, r"model\.vocab_size=0"),
         ("hidden_size", -16, r"model\.hidden_size=-16"),
         ("num_layers", 0, r"model\.num_layers=0"),

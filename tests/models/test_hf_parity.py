@@ -23,7 +23,7 @@ from tto_jax.core import token_tree
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.core.types import Prompts
 from tto_jax.kernels.tree_attention import tree_attention
-from tto_jax.models import decoder, hf_config, hf_weights
+from tto_jax.models import decoder, decoding, hf_config, hf_weights
 from tto_jax.models.cache import Cache, Context
 
 torch = pytest.importorskip("torch")
@@ -251,8 +251,11 @@ def test_greedy_tokens_are_identical(case):
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
-def decode(config, params, tokens, position, cache, slot, visible, context=()):
-    return decoder.decode(config, params, tokens, position, cache, slot, visible, context)
+def decode(config, params, tokens, position, context=()):
+    return decoding.decode(config, decoding.arrange(config, params), tokens, position, context)
+
+
+write = jax.jit(Cache.write)
 
 
 def test_prefill_and_decode_equal_the_whole_rows(case):
@@ -260,17 +263,16 @@ def test_prefill_and_decode_equal_the_whole_rows(case):
     expected, _ = row_logits(case.config, case.params, case.rows)
     config, rows = case.config, len(case.tokens)
     position = np.broadcast_to(np.arange(PROMPT, dtype=np.int32), (rows, PROMPT))
-    causal = np.broadcast_to(np.tri(PROMPT, dtype=bool), (rows, PROMPT, PROMPT))
     garbage = np.where(position < PROMPT_LENGTHS[:, None], case.tokens[:, :PROMPT], 3)
-    cache = Cache.empty(config, rows, PROMPT)
-    prefilled, prompts = decode(config, case.params, garbage, position, cache, jnp.int32(0), causal)
-    context = (Context(cache=prompts, visible=(position < PROMPT_LENGTHS[:, None])[:, None]),)
+    prefilled, prompts = decode(config, case.params, garbage, position)
+    prompt = Context(cache=prompts, visible=(position < PROMPT_LENGTHS[:, None])[:, None])
     cache, tail = Cache.empty(config, rows, TAIL), []
     for t in range(TAIL):
         at = PROMPT_LENGTHS[:, None] + t
-        visible = np.broadcast_to(np.arange(TAIL) <= t, (rows, 1, TAIL))
+        own = Context(cache=cache, visible=np.broadcast_to(np.arange(TAIL) < t, (rows, 1, TAIL)))
         token = np.take_along_axis(case.tokens, at, axis=1)
-        hidden, cache = decode(config, case.params, token, at, cache, jnp.int32(t), visible, context)
+        hidden, new = decode(config, case.params, token, at, (prompt, own))
+        cache = write(cache, jnp.int32(t), new)
         tail.append(hidden[:, 0])
     found = np.zeros(expected.shape, np.float32)
     for row, length in enumerate(PROMPT_LENGTHS):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tto_jax import bench_grading
+from tto_jax.bench import grading as bench_grading
 from tto_jax.verifier import pool as pool_module
 from tto_jax.verifier.pool import Pool, Verdict
 

@@ -1,56 +1,75 @@
 """The KV cache: an explicit pytree, an argument and a result, never a mutated attribute."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from tto_jax import sharding
 from tto_jax.core.types import Array, pytree
-from tto_jax.kernels.branch_decode import CachePart
+from tto_jax.kernels.branch_decode import CachePart, Interval
 from tto_jax.models.config import ModelConfig
 
 
 @pytree
 class Cache:
-    """Keys and values of R rows with capacity C, all layers stacked."""
+    """Keys and values of R rows with capacity C: an array a layer, so that each is read where it lies.
 
-    k: Array  # [layers, R, K, D, C]
-    v: Array  # [layers, R, K, C, D]
+    Arrays that a loop writes before it reads them are copied at every step by some compilers. Loops over tokens read
+    first, then write to a short cache of their own; the long one, which they only read, gets a block at a time.
+    """
+
+    k: tuple[Array, ...]  # of each layer [R, K, D, C]
+    v: tuple[Array, ...]  # of each layer [R, K, C, D]
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, capacity: int) -> "Cache":
         """Zeros in the compute dtype."""
-        lead, width = (config.num_layers, rows, config.num_kv_heads * config.kv_copies), config.head_dim
-        zeros = lambda *tail: jnp.zeros(lead + tail, config.dtype)  # noqa: E731
-        return sharding.constrain(
-            cls(k=zeros(width, capacity), v=zeros(capacity, width)), None, sharding.ROWS, "tensor"
-        )
+        lead, width = (rows, config.num_kv_heads * config.kv_copies), config.head_dim
+        zeros = lambda *tail: tuple(jnp.zeros(lead + tail, config.dtype) for _ in range(config.num_layers))  # noqa: E731
+        return sharding.constrain(cls(k=zeros(width, capacity), v=zeros(capacity, width)), sharding.ROWS, "tensor")
 
     @property
     def rows(self) -> int:
         """R."""
-        return self.k.shape[1]
+        return self.k[0].shape[0]
 
     @property
     def capacity(self) -> int:
         """C, in tokens."""
-        return self.v.shape[3]
+        return self.k[0].shape[3]
 
-    def write(self, layer: Array, slot: Array, k: Array, v: Array) -> "Cache":
-        """Store T new tokens of every row at slots [slot, slot + T). k and v: [R,T,K,D]."""
-        k = k.transpose(0, 2, 3, 1)[None].astype(self.k.dtype)
-        v = v.transpose(0, 2, 1, 3)[None].astype(self.v.dtype)
-        return dataclasses.replace(
-            self,
-            k=jax.lax.dynamic_update_slice(self.k, k, (layer, 0, 0, 0, slot)),
-            v=jax.lax.dynamic_update_slice(self.v, v, (layer, 0, 0, slot, 0)),
-        )
+    def write(self, slot: Array, new: "Cache") -> "Cache":
+        """Store `new`, of R rows and capacity T, at slots [slot, slot + T) of every row. slot: i32[]."""
+        at = jax.lax.dynamic_update_slice_in_dim
+        keys = tuple(at(long, short, slot, axis=3) for long, short in zip(self.k, new.k))
+        return Cache(k=keys, v=tuple(at(long, short, slot, axis=2) for long, short in zip(self.v, new.v)))
 
-    def part(self, layer: Array, visible: Array) -> CachePart:
-        """One layer, with who sees what: visible bool[R, queries a row, C]."""
-        at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
-        return CachePart(k=at(self.k), v=at(self.v), visible=visible)
+    def write_blocks(self, block: Array, new: "Cache") -> "Cache":
+        """Store `new`, of R rows and capacity T, at slots [block T, block T + T) of each row. block: i32[R].
+
+        Where it is no block of this cache (such as -1) nothing is stored. T must divide the capacity.
+        """
+        size = new.capacity
+        here = jnp.arange(self.capacity // size) == block[:, None]  # [R, blocks]
+
+        def keys(long, new):  # [R,K,D,C]
+            blocks = long.reshape(*long.shape[:3], -1, size)
+            return jnp.where(here[:, None, None, :, None], new[:, :, :, None, :], blocks).reshape(long.shape)
+
+        def values(long, new):  # [R,K,C,D]
+            blocks = long.reshape(*long.shape[:2], -1, size, long.shape[3])
+            return jnp.where(here[:, None, :, None, None], new[:, :, None], blocks).reshape(long.shape)
+
+        return Cache(k=tuple(map(keys, self.k, new.k)), v=tuple(map(values, self.v, new.v)))
+
+    def first(self, capacity: int) -> "Cache":
+        """The first slots alone."""
+        if capacity >= self.capacity:
+            return self
+        return Cache(k=tuple(k[..., :capacity] for k in self.k), v=tuple(v[:, :, :capacity] for v in self.v))
+
+    def part(self, layer: int, visible: Array | Interval) -> CachePart:
+        """One layer, with who sees what: visible bool[R, queries a row, C] or an interval of slots."""
+        return CachePart(k=self.k[layer], v=self.v[layer], visible=visible)
 
 
 @pytree
@@ -58,4 +77,4 @@ class Context:
     """A finished part of the cache that new tokens attend to."""
 
     cache: Cache
-    visible: Array  # bool[R, queries a row, C]
+    visible: Array | Interval  # bool[R, queries a row, C], or slots

@@ -1,11 +1,11 @@
 """A Flax NNX decoder: RMSNorm, rotary positions, grouped KV heads, SwiGLU; layers stacked and scanned.
 
-The attention of a call is a function `attend(layer, state, q, k, v) -> (out, state)`, so that the same layers serve
-packed rows (`forward_rows`) and cached decoding (`decode`). Everything outside works on pure parameter dicts.
+The attention of a call is a function `attend(layer, state, q, k, v) -> (out, state)`; packed rows are `forward_rows`,
+cached decoding is `models.decoding`. Everything outside works on pure parameter dicts.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from tto_jax import sharding
 from tto_jax.core.types import Array, TokenTree
-from tto_jax.kernels import branch_decode, tree_attention
-from tto_jax.kernels.branch_decode import CachePart
-from tto_jax.models.cache import Cache, Context
+from tto_jax.kernels import tree_attention
 from tto_jax.models.config import ModelConfig
 from tto_jax.models.rope import rotary
 
@@ -120,7 +118,7 @@ class Decoder(nnx.Module):
 
         body = _remat(layer_step, self.config.remat)
         indices = jnp.arange(self.config.num_layers)
-        x = _lookup(self.embed.embedding[...], tokens).astype(self.config.dtype)
+        x = lookup(self.embed.embedding[...], tokens).astype(self.config.dtype)
         if self.config.learned_positions:
             x = x + self.position_embed(position)
         x = sharding.constrain(x, sharding.ROWS)
@@ -132,7 +130,7 @@ class Decoder(nnx.Module):
         return self.embed.embedding[...].T if self.config.tie_embeddings else self.lm_head.kernel[...]
 
 
-def _lookup(table, tokens):
+def lookup(table, tokens):
     """table [V,M], tokens i32[R,T] -> [R,T,M]; each device looks its rows' tokens up in its part of the vocabulary.
 
     A vocabulary that the devices do not divide is padded: no token stands beyond its end.
@@ -216,37 +214,3 @@ def forward_rows(
         return sharding.split(local, (q, k, v, plan), (heads, heads, heads, P(sharding.ROWS)), heads), ()
 
     return _merge(config, params)(rows.tokens, rows.position, attend, ())[0]
-
-
-def decode(
-    config: ModelConfig,
-    params: Params,
-    tokens: Array,
-    position: Array,
-    cache: Cache,
-    slot: Array,
-    visible: Array,
-    context: Sequence[Context] = (),
-) -> tuple[jax.Array, Cache]:
-    """Hidden states of T new tokens for each of R rows, which are written to the cache at `slot`.
-
-    Args:
-      tokens, position: i32[R,T].
-      cache: own cache of the R rows. slot: i32[], where the new tokens go, the same for all rows.
-      visible: bool[R,T,C], what each new token sees of its own row (after the write).
-      context: finished caches that are seen too; their rows may be fewer: consecutive rows share one.
-
-    Returns:
-      hidden [R,T,M] and the cache.
-    """
-
-    def attend(layer, cache, q, k, v):
-        cache = cache.write(layer, slot, k, v)
-        parts = [part.cache.part(layer, part.visible) for part in context] + [cache.part(layer, visible)]
-        heads, per_row = P(sharding.ROWS, "tensor"), P(sharding.ROWS)
-        specs = [CachePart(k=heads, v=heads, visible=per_row) for _ in parts]
-        local = lambda arrays, _axis: branch_decode.branch_decode(*arrays, config.branch_decode)  # noqa: E731
-        out = sharding.split(local, (q.reshape(-1, *q.shape[2:]), parts), (heads, specs), heads)
-        return out.reshape(q.shape), cache
-
-    return _merge(config, params)(tokens, position, attend, cache)

@@ -21,7 +21,7 @@ from tto_jax.kernels.tree_attention import blocks
 
 DTYPES = ("bfloat16", "float16", "float32")  # products of float32 are TF32, as XLA's are on a GPU
 WIDTHS = (16, 32, 64, 128)  # of a head
-MOST_BYTES = 256  # a head of a token: what the blocks below leave room for in shared memory (about 100 KiB are used)
+MOST_BYTES = 256  # a head of a token: then the blocks below take up to 132,096 bytes of shared memory
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 # Rows of `Plan.vectors`. A query sees a key of its tree that is of its branch and not later, or that is on the trunk
 # and not beyond the query's reach.
