@@ -11,7 +11,7 @@ sets; configs/r1.py says how those are prepared, and how checkpoints are evaluat
 
     python -m tto_jax.prepare_data --files=deepscaler.json --out=sets/deepscaler
 
-A rollout holds 147.5 GB of KV cache and an update 28.4 GB of parameters, moments and gradients (float32):
+A rollout holds 149.9 GB of KV cache and an update 28.4 GB of parameters, moments and gradients (float32):
 this takes several accelerators. Not run at scale: the numbers are the paper's, to be reproduced.
 
 Fits, as compiled ahead of time (README): v5e:8x8, v6e:4x4 and v5p:4x4x4 with the default mesh (all devices on fsdp).

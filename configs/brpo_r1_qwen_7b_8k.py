@@ -11,7 +11,7 @@ sets; configs/r1.py says how those are prepared, and how checkpoints are evaluat
 
     python -m tto_jax.prepare_data --files=deepscaler.json --out=sets/deepscaler
 
-A rollout holds 590.0 GB of KV cache and an update 121.8 GB of parameters, moments and gradients (float32):
+A rollout holds 599.4 GB of KV cache and an update 121.8 GB of parameters, moments and gradients (float32):
 this takes several accelerators. Not run at scale, and we hold no averages of the paper for this size.
 
 Fits, as compiled ahead of time (README): v5e:16x16 with --config.mesh="(1,64,4)"; v5p:4x4x4 with the default mesh (all

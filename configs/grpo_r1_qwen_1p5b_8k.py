@@ -18,7 +18,7 @@ sets; configs/r1.py says how those are prepared, and how checkpoints are evaluat
 
     python -m tto_jax.prepare_data --files=deepscaler.json --out=sets/deepscaler
 
-A rollout holds 121.2 GB of KV cache (linear, vr: 126.7; decouple: 147.5) and an update 28.4 GB of parameters, moments
+A rollout holds 121.3 GB of KV cache (linear, vr: 127.3; decouple: 149.9) and an update 28.4 GB of parameters, moments
 and gradients (float32): this takes several accelerators. Not run at scale: the numbers are the paper's, to be
 reproduced.
 

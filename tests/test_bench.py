@@ -35,7 +35,10 @@ def run(folder, target, *flags):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("target", SIDES)
+LONG = pytest.mark.slow  # compiles a whole iteration twice
+
+
+@pytest.mark.parametrize("target", [pytest.param(x, marks=LONG if x == "iteration" else ()) for x in SIDES])
 def test_every_target(target, tmp_path, capsys):
     lines = run(tmp_path, target, "--repeat=2")
     text = capsys.readouterr().out
@@ -91,7 +94,7 @@ def test_update_of_trees_beside_flattened_rows(tmp_path):
     assert flat["notes"]["tokens flattened"] == 2 * ((8 + 8 + 7) + (8 + 16 + 7))
 
 
-@pytest.mark.parametrize(("target", "tokens"), [("rollout", 4 * 8), ("update", 4 * 16)])
+@pytest.mark.parametrize(("target", "tokens"), [("rollout", 4 * 8), pytest.param("update", 4 * 16, marks=LONG)])
 def test_a_checkpoint_directory(target, tokens, tmp_path):
     model = models.find("ci", "float32").config
     weights = jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), models.hf_weights.abstract_params(model))

@@ -219,17 +219,17 @@ def test_model(file):
 
 @each_row
 def test_kv_bytes(file, variant):
-    """Prompts once a problem, traces once a row, 8 inserted tokens once a fork, 118 tokens an answer, in bf16."""
+    """Prompts once a problem, traces once a row, 8 inserted tokens once a fork, 118 tokens an answer in blocks of 32."""
     answers, _, tokens, _, _ = ROWS[file, variant]
     _, plan = planned(f"{file}:{variant}")
     problems, kv_heads = (128, 4) if file == BRPO_7B else (64, 2)
     rows, forks = problems * 8, problems * 8 * len(tokens)
-    held = problems * 1024 + rows * tokens[-1] + forks * 8 + forks * answers * 118
+    held = problems * 1024 + rows * tokens[-1] + forks * 8 + forks * answers * 128
     assert plan.kv_bytes() == held * 28 * 2 * kv_heads * 128 * 2
     said = re.search(r"A rollout holds (.*) and an update", header(file).replace("\n", " ")).group(1)
     assert f"{plan.kv_bytes() / 1e9:.1f}" in said
     if (file, variant) == (BRPO_8K, "uniform"):
-        assert plan.kv_bytes() == 147_505_283_072
+        assert plan.kv_bytes() == 149_854_093_312
 
 
 # ---------------------------------------------------------------- the files
@@ -322,7 +322,7 @@ def test_dry_run():
     assert done.returncode == 0, done.stderr
     for words in (
         "1,777,088,000 parameters",
-        "147,505,283,072 bytes of KV cache",
+        "149,854,093,312 bytes of KV cache",
         "[2000, 4000, 6000, 8000] tokens",
         "64 problems x 8 traces x 4 forks x 4 answers",
         "2 minibatches of 256 rows",

@@ -110,7 +110,8 @@ def test_several_processes_are_one_run(folder, arguments, alone, processes):
     finish(workdir, start(workdir, [*arguments, "--config.steps=3"], processes, 4))
     assert [row["step"] for row in metrics.read_rows(workdir)] == [0, 1, 2, 2, 3]
     said = [log_of(workdir, index) for index in range(processes)]
-    finish(workdir, start(workdir, [*arguments, "--config.mesh=(1,2,1)"], 1, 2))
+    others = [argument for argument in arguments if not argument.startswith("--config.mesh=")]
+    finish(workdir, start(workdir, [*others, "--config.mesh=(1,2,1)"], 1, 2))
     one, many = metrics.read_rows(alone), metrics.read_rows(workdir)
     assert [row["step"] for row in one] == [row["step"] for row in many] == [0, 1, 2, 2, 3, 4, 4]
     for a, b in zip(one, many):

@@ -86,6 +86,7 @@ def long(**change):
     return jax.device_get(tuple(result)), stats
 
 
+@pytest.mark.slow
 def test_blocks_and_buckets_of_long_traces():
     """Several blocks, segments and buckets, answers of more than one block; segment 140 has other blocks."""
     expected, stats = long()

@@ -265,7 +265,7 @@ def test_equal_scores_teach_nothing(base, monkeypatch):
             assert row["length/wrong"] is None and row["residual/v/0"] is None
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_a_run_on_a_mesh_is_the_run_on_one_device(base, rows, mesh):
     """Two steps and two evaluations; the same tokens, so the same scores; sums differ by rounding."""
     workdir = run(base / f"mesh{mesh}", mesh=mesh, steps=2, learner__micro_rows=2)

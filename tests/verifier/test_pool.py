@@ -236,7 +236,15 @@ def test_a_worker_that_never_starts_is_an_error(undecided, monkeypatch):
         judge(pool, "1")
 
 
-def test_an_interrupt_leaves_no_process(undecided):
+@pytest.fixture
+def interruptible():
+    """Processes that tests are shared among ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_no_process(undecided, interruptible):
     with Pool(2, cpu_seconds=30.0, wall_seconds=60.0, _program=MISBEHAVING) as pool:
         judge(pool, "1", "2")
         pids = [process.pid for process in processes(pool)]
