@@ -219,7 +219,7 @@ def test_model(file):
 
 @each_row
 def test_kv_bytes(file, variant):
-    """Prompts once a problem, traces once a row, 8 inserted tokens once a fork, 118 tokens an answer in blocks of 32."""
+    """Prompts once a problem, traces once a row, 8 inserted tokens once a fork, answers in blocks of 32; in bf16."""
     answers, _, tokens, _, _ = ROWS[file, variant]
     _, plan = planned(f"{file}:{variant}")
     problems, kv_heads = (128, 4) if file == BRPO_7B else (64, 2)
