@@ -77,6 +77,12 @@ def _has_tpu():
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
+def say(text: str) -> None:
+    """A line for the reader, from process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def banner(mesh: jax.sharding.Mesh | None) -> str:
     """Processes, devices, mesh and versions, for the start of a run."""
     device = jax.devices()[0]

@@ -101,13 +101,13 @@ def main(argv):
     options = evaluation.Options.from_config(config.evaluation)
     limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
     folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
-    say(distributed.banner(mesh))
+    distributed.say(distributed.banner(mesh))
     given = f"{folder} --rows={_ROWS.value} --step={_STEP.value} --warm_start={_WARM_START.value}"
     configuration = config.to_json(sort_keys=True)
     distributed.check_same({"configuration": configuration, "code": host.commit(), "set of flags": given})
     sets = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
     for name, found in sets.items():
-        say(f"{name}: {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
+        distributed.say(f"{name}: {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
     problems = {name: found.problems for name, found in sets.items()}
     # Every part is safe once it is written: a notice may end the page at any moment.
     with preemption.Notice(may_end=lambda: True) as stop, sharding.use(mesh):
@@ -122,7 +122,7 @@ def main(argv):
             completions.claim(folder, identity)
             results = sample(plan, params, problems, options, folder, stop)
         except preemption.Stopped as stopped:
-            say(f"{stopped}: what was sampled is kept in {folder}, the same command goes on from there")
+            distributed.say(f"{stopped}: what was sampled is kept in {folder}, the same command goes on from there")
             return
     if jax.process_index() == 0:
         record = summary.summarize(results, options.budgets, options.seed, tuple(limits))
@@ -130,12 +130,6 @@ def main(argv):
             record["sets"][name]["dropped"] = found.dropped
         record |= about(subject, options, limits, step, results)
         write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
-
-
-def say(text: str) -> None:
-    """A line for the reader, from process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def check_usage(argv) -> None:

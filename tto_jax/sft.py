@@ -74,7 +74,7 @@ def main(argv):
     config = _CONFIG.value
     plan = build(config)
     train, held_out = (read(config.data[name], plan) for name in ("train", "eval"))
-    say(describe(plan, train, held_out))
+    distributed.say(describe(plan, train, held_out))
     if _DRY_RUN.value:
         return
     if not _WORKDIR.value:
@@ -122,7 +122,7 @@ def fit(config, plan: Plan, train: chats.Examples, held_out: chats.Examples | No
     steps = ("steps",) if plan.optimizer.schedule != "cosine" else ()
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=(*OVERRIDABLE, *steps))
     mesh = sharding.mesh_of(config.mesh)
-    say(distributed.banner(mesh))
+    distributed.say(distributed.banner(mesh))
     distributed.check_same(
         {"configuration": config.to_json(sort_keys=True), "code": host.commit(), "data": train.fingerprint}
     )
@@ -170,7 +170,7 @@ def fit(config, plan: Plan, train: chats.Examples, held_out: chats.Examples | No
         except preemption.Stopped as stopped:
             saved.save(done, state, record | {"written": writer.flush()})
             saved.wait()
-            say(f"{stopped}: step {done} is saved, the same command goes on from there")
+            distributed.say(f"{stopped}: step {done} is saved, the same command goes on from there")
         saved.wait()  # while a notice still ends nothing
 
 
@@ -202,12 +202,6 @@ def describe(plan: Plan, train: chats.Examples, held_out: chats.Examples | None)
         "optimizer": f"{plan.optimizer}",
     }
     return "\n".join(f"{name:9} {value}" for name, value in lines.items())
-
-
-def say(text: str) -> None:
-    """A line for the reader, from process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def main(argv):
         )
     plan = settings.build(config, need_model=not _DRY_RUN.value)
     profile_steps = profiling.parse_steps(_PROFILE_STEPS.value, plan.steps)
-    say(describe(plan))
+    distributed.say(describe(plan))
     if _DRY_RUN.value:
-        say(str(config))
+        distributed.say(str(config))
         return
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
@@ -87,14 +87,14 @@ def train(
     # The devices, the problems, and those that are held out.
     mesh = sharding.mesh_of(plan.mesh)
     peak = throughput.peak(1 if mesh is None else mesh.size)
-    say(distributed.banner(mesh))
+    distributed.say(distributed.banner(mesh))
     distributed.check_same({"configuration": config.to_json(sort_keys=True), "code": host.commit()})
     plan.check_rows(mesh)
     plan = plan.on(mesh)
     plan.check_slots(mesh, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
-    say(f"kernels  {plan.kernels}")
+    distributed.say(f"kernels  {plan.kernels}")
     found = inputs.training_problems(config, plan.task, plan.tokenizer)
-    say(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
+    distributed.say(f"data     {len(found.problems):,} problems, {found.dropped:,} left out: prompts too long")
     shard = jax.process_index(), jax.process_count()  # a problem's rows live on one process
     batches = data.problem_batches(found.problems, plan.tokenizer, plan.problems, plan.prompt_pad, plan.seed, shard)
     held_out = inputs.evaluation_problems(config, plan.task, plan.tokenizer, config.evaluation.problems)
@@ -220,14 +220,8 @@ def train(
         except preemption.Stopped as stopped:
             saved.save(done, state, record | {"written": writer.flush()})
             saved.wait()
-            say(f"{stopped}: step {done} is saved, the same command goes on from there")
+            distributed.say(f"{stopped}: step {done} is saved, the same command goes on from there")
         saved.wait()  # while a notice still ends nothing
-
-
-def say(text: str) -> None:
-    """A line for the reader, from process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def advanced(record: dict, batches, totals: dict, evaluated: bool) -> dict:

@@ -1,5 +1,6 @@
 """The whole rollout, both phases: all traces at once, or through slots; and its compilation beforehand."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -79,19 +80,7 @@ def compile_all(
         waiting = Waiting(occupied=_row_array(plan.slots >= 0, flat=False), limit=sharding.put(np.int32(1)))
         empty = tuple(_row_array(np.full((plan.parts, plan.lanes), value)) for value in (0, -1))
         for bucket in config.buckets:
-            state, _ = think(
-                model,
-                config,
-                weights,
-                held.prompts,
-                held.prompt_cache,
-                held.state,
-                held.keys.thinking,
-                none,
-                waiting,
-                bucket=bucket,
-            )
-            held = slots_of.Slots(prompts=held.prompts, prompt_cache=held.prompt_cache, keys=held.keys, state=state)
+            held, _ = _think_in_slots(model, config, weights, held, none, waiting, bucket)
             results, _ = slots_of.answer_slots(model, config, weights, held, results, schedule, *empty, bucket=bucket)
             number += 2
         traces, answers = results.traces, results.answers
@@ -172,20 +161,8 @@ def _in_slots(model, config, weights, prompts, key, schedule, first, poll, watch
                 occupied=_row_array(plan.slots >= 0, flat=False), limit=sharding.put(np.int32(plan.lanes))
             )
             blocks, bucket = plan.segment()
-            state, progress = think(
-                model,
-                config,
-                weights,
-                held.prompts,
-                held.prompt_cache,
-                held.state,
-                held.keys.thinking,
-                sharding.put(np.int32(blocks)),
-                waiting,
-                bucket=bucket,
-            )
-            held = slots_of.Slots(prompts=held.prompts, prompt_cache=held.prompt_cache, keys=held.keys, state=state)
-            del state
+            end = sharding.put(np.int32(blocks))
+            held, progress = _think_in_slots(model, config, weights, held, end, waiting, bucket)
             progress = jax.device_get(progress)
             plan.see(progress.done, progress.length)
             calls, think_steps = calls + 1, think_steps + config.slots * int(progress.steps)
@@ -201,6 +178,23 @@ def _in_slots(model, config, weights, prompts, key, schedule, first, poll, watch
         if not plan.finished:
             poll()
     return (results.traces, results.forks, results.answers), (config.slots, calls, think_steps, answer_steps)
+
+
+def _think_in_slots(model, config, weights, held, end, waiting, bucket):
+    """A segment of the slots' traces, up to `end` blocks: the slots after it, and how far they are."""
+    state, progress = think(
+        model,
+        config,
+        weights,
+        held.prompts,
+        held.prompt_cache,
+        held.state,
+        held.keys.thinking,
+        end,
+        waiting,
+        bucket=bucket,
+    )
+    return dataclasses.replace(held, state=state), progress
 
 
 def _stats(counts, tokens, watch) -> RolloutStats:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tto_jax.core.types import Array
 from tto_jax.kernels.branch_decode.merged import LOWEST, merge
 from tto_jax.kernels.branch_decode.parts import CachePart, Interval, deal, undeal
+from tto_jax.kernels.varying import vary_together
 
 DTYPES = ("float32", "bfloat16")
 LANES = 128
@@ -94,7 +95,7 @@ def _blocks(begin, end, size):
 def _call(layer, first, blocks, begin, end, q, k, v, *, size, interpret):
     rows, kv_heads, count, width = q.shape
     steps = k.shape[-1] // size
-    *arrays, begin, end, q, k, v = _vary_together((layer, first, blocks, begin, end, q, k, v))
+    *arrays, begin, end, q, k, v = vary_together((layer, first, blocks, begin, end, q, k, v))
     # Steps beyond the last block stay where they are: nothing is fetched for them.
     block = lambda r, c, first, blocks: first[r] + jnp.minimum(c, jnp.maximum(blocks[r] - 1, 0))  # noqa: E731
     of_row = lambda *shape: pl.BlockSpec((1, *shape), lambda r, c, *_: (r, *(0 for _ in shape)))  # noqa: E731
@@ -126,14 +127,6 @@ def _call(layer, first, blocks, begin, end, q, k, v, *, size, interpret):
         interpret=interpret,
         name="branch_decode",
     )(*arrays, begin, end, q, k, v)
-
-
-def _vary_together(arrays):
-    """Inside a `shard_map`: all of them vary over the axes that any of them does."""
-    varying = lambda x: jax.typeof(x).manual_axis_type.varying  # noqa: E731
-    axes = frozenset().union(*map(varying, arrays))
-    missing = lambda x: tuple(sorted(axes - varying(x)))  # noqa: E731
-    return [jax.lax.pcast(x, missing(x), to="varying") if missing(x) else x for x in arrays]
 
 
 def _kernel(_, first, blocks, begin, end, q, k, v, mixed, largest, total, *, size, scale):

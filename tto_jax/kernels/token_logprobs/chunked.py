@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from tto_jax.core.types import Array
+from tto_jax.kernels.varying import vary_together
 
 # 4 MiB of logits in float32: a tile passes through a CPU's cache, and on a TPU XLA keeps it in VMEM. It is still large
 # enough for products near the peak: with D = 1536, 256 multiply-adds for each byte of its operands.
@@ -53,7 +54,7 @@ def token_logprobs(
     pad = -tokens % chunk
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, width)
     target = jnp.pad(target, (0, pad)).reshape(-1, chunk)
-    logprob, entropy = _logprobs(plan, *_alike(hidden, head, target))
+    logprob, entropy = _logprobs(plan, *vary_together((hidden, head, target)))
     return logprob.reshape(-1)[:tokens], entropy.reshape(-1)[:tokens]
 
 
@@ -63,12 +64,6 @@ def _even(total, most, multiple):
         return total
     size = -(-total // -(-total // most))
     return min(-(-size // multiple) * multiple, most)
-
-
-def _alike(*arrays):
-    """Inside a `shard_map` arrays that vary over the same axes: the sums of gradients over parts follow from this."""
-    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
-    return [jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying") for x in arrays]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

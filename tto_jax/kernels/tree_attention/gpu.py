@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from tto_jax.core.types import Array, TokenTree
 from tto_jax.kernels.tree_attention import blocks
+from tto_jax.kernels.varying import vary_together
 
 DTYPES = ("bfloat16", "float16", "float32")  # products of float32 are TF32, as XLA's are on a GPU
 WIDTHS = (16, 32, 64, 128)  # of a head
@@ -85,7 +86,7 @@ def interpreted(q: Array, k: Array, v: Array, plan: Plan) -> jax.Array:
 def _run(q, k, v, plan, interpret):
     _check(q, k, v, plan, interpret)
     length = q.shape[1]
-    q, k, v, plan = _vary_together((q, k, v, plan))
+    q, k, v, plan = vary_together((q, k, v, plan))
     fill = ((0, 0), (0, plan.vectors.shape[2] - length), (0, 0), (0, 0))
     return _attend(*(jnp.pad(x, fill) for x in (q, k, v)), plan, interpret)[:, :length]
 
@@ -104,14 +105,6 @@ def _check(q, k, v, plan, interpret):
         raise ValueError(
             f"blocks of {sizes[0]} queries and {sizes[1]} keys: on a GPU they are powers of 2, at least 32 and 16"
         )
-
-
-def _vary_together(arrays):
-    """Inside a `shard_map`: all of them vary over the axes that any of them does."""
-    varying = lambda x: jax.typeof(x).manual_axis_type.varying  # noqa: E731
-    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(arrays)))
-    missing = lambda x: tuple(sorted(axes - varying(x)))  # noqa: E731
-    return jax.tree.map(lambda x: lax.pcast(x, missing(x), to="varying") if missing(x) else x, arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -26,6 +26,7 @@ from tto_jax.core.types import Array
 from tto_jax.kernels.tree_attention import pallas_tpu_kernels as kernels
 from tto_jax.kernels.tree_attention import pallas_tpu_plan
 from tto_jax.kernels.tree_attention.pallas_tpu_plan import LANES, SUBLANES, Plan, key_of, query_of
+from tto_jax.kernels.varying import vary_together
 
 plan = pallas_tpu_plan.plan
 NAME = "tree_attention"  # of what the backward keeps of the forward, for `jax.checkpoint_policies`
@@ -54,7 +55,7 @@ def tree_attention(q: Array, k: Array, v: Array, plan: Plan, interpret: Any = Fa
     rows = plan.vectors.shape[2] - length
     columns = -width % (1 if interpret else LANES)
     padded = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) for x in (q, k, v))
-    out = _attend(*_vary_together((*padded, plan)), width**-0.5, interpret)
+    out = _attend(*vary_together((*padded, plan)), width**-0.5, interpret)
     return out[:, :length, :, :width]
 
 
@@ -84,17 +85,6 @@ def vmem_bytes(query_block: int, key_block: int, group: int, width: int, itemsiz
     vectors = 4 * SUBLANES * (query_block + key_block)
     scores = 6 * 4 * query_block * key_block  # of one head at a time, as values, not arrays: an estimate
     return 2 * (blocks * itemsize + statistics + vectors) + 4 * query_block * group * width + scores
-
-
-def _vary_together(arrays):
-    """Inside a `shard_map`: all of them vary over the axes that any of them does."""
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
-    vary = lambda x: jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying")  # noqa: E731
-    return jax.tree.map(lambda x: x if _varying(x) == axes else vary(x), arrays)
-
-
-def _varying(x):
-    return jax.typeof(x).manual_axis_type.varying
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
