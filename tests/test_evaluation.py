@@ -91,6 +91,13 @@ def assert_same(a, b):
     assert a.grading == b.grading
 
 
+@functools.cache
+def long_plan():
+    """Settings and parameters of a model whose traces may be longer than one length bucket."""
+    model = dataclasses.replace(plan().model, max_position=256)
+    return dataclasses.replace(plan(), model=model), jax.tree.map(lambda x: 3 * x, decoder.init_params(model, 0))
+
+
 # What is sampled and kept.
 
 
@@ -155,6 +162,26 @@ def test_samples_depend_on_problem_trace_and_seed_only(kept, tmp_path):
     other = texts(tmp_path / "other", chosen=problems()[:2], seed=4)
     assert np.mean([whole[key] == value for key, value in other.items()]) < 0.2
     assert len({value[0] for value in whole.values()}) > 0.5 * len(whole), "traces differ"
+
+
+def test_nothing_compiles_once_sampling_begins(monkeypatch):
+    """Two length buckets: both are compiled before the first trace, whichever it then needs."""
+    during, sample = [], evaluation.rollout.sample
+    listen = lambda event, _seconds, **_: during.append(event)  # noqa: E731
+
+    def watched(*arguments):
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            return sample(*arguments)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    monkeypatch.setattr(evaluation.rollout, "sample", watched)
+    settings, params = long_plan()
+    options = Options(budgets=(5, 130), traces=2, answers=1, temperature=1.0, seed=0, rows=4)
+    result = evaluation.evaluate(settings, params, problems()[:6], options)
+    assert not [event for event in during if "compile" in event or "trac" in event]
+    assert (result.length <= 64).any()
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,11 @@ def evaluate(
     for part in plan:
         if folder and (path := completions.part_path(folder, part.number)).name in there:
             add(part, _read_back(path, part, problems))
-    for together in rounds([part for part in plan if part.number not in found], sharding.whole_rows(1)):
+    todo = [part for part in plan if part.number not in found]
+    for together in rounds(todo, sharding.whole_rows(1)):
         begin = time.perf_counter()
-        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, poll)
+        warm = together[0] is not todo[0]
+        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, poll, warm)
         for number, lines in mine.items() if folder else ():
             completions.write(completions.part_path(folder, number), lines)
         everyone = completions.gather(mine)
@@ -203,10 +205,11 @@ def evaluate(
     return _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
 
 
-def _sample(settings, config, params, problems, together, size, options, poll) -> dict[int, list[dict]]:
+def _sample(settings, config, params, problems, together, size, options, poll, warm) -> dict[int, list[dict]]:
     """The lines of those parts of a round that this process has, by number.
 
-    Every shard has room for `size` problems; repeated problems, traces and parts only fill it.
+    Every shard has room for `size` problems; repeated problems, traces and parts only fill it. Unless `warm`, what
+    longer traces need is compiled first.
     """
     shards = sharding.whole_rows(1) // jax.process_count()  # those of a process are consecutive
     first = jax.process_index() * shards
@@ -221,6 +224,8 @@ def _sample(settings, config, params, problems, together, size, options, poll) -
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
     schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
     numbers = together[0].traces
+    if not warm and len(config.buckets) > 1:
+        rollout.compile_all(settings.model, config, params, on_device, key, schedule)
     traces, forks, answers, _ = rollout.sample(
         settings.model, config, params, on_device, key, schedule, numbers.start, poll
     )
