@@ -98,11 +98,11 @@ def test_update_of_trees_beside_flattened_rows(tmp_path):
 def test_a_checkpoint_directory(target, tokens, tmp_path):
     model = models.find("ci", "float32").config
     weights = jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), models.hf_weights.abstract_params(model))
-    models.export(tmp_path / "model", model, jax.device_put(weights))
-    loaded = models.find("tiny", "float32", hf=str(tmp_path / "model"))
-    assert loaded.config == model
-    assert all((x == np.float32(0.01)).all() for x in jax.tree.leaves(loaded.params()))
-    (line,) = run(tmp_path, target, f"--hf={tmp_path / 'model'}", "--dtype=float32", "--repeat=1")
+    with models.exported(models.Loaded(model), jax.device_put(weights)) as directory:
+        loaded = models.find("tiny", "float32", hf=directory)
+        assert loaded.config == model
+        assert all((x == np.float32(0.01)).all() for x in jax.tree.leaves(loaded.params()))
+        (line,) = run(tmp_path, target, f"--hf={directory}", "--dtype=float32", "--repeat=1")
     assert line["tokens"] == tokens and line["notes"]["parameters"] == limits.parameters(model)
 
 
@@ -224,14 +224,15 @@ def test_transformers_beside_ours(tmp_path):
 def test_a_peer_with_other_weights_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     other = models.decoder.init_params(models.find("ci", "float32").config, 1)
-    export = models.export
-    monkeypatch.setattr(models, "export", lambda folder, model, _params: export(folder, model, other))
+    exported = models.exported
+    monkeypatch.setattr(models, "exported", lambda loaded, _params: exported(loaded, other))
     with pytest.raises(RuntimeError, match="the sides differ by"):
         run(tmp_path, "rollout", "--peer=transformers")
 
 
 @pytest.mark.slow
 def test_a_peer_that_fails_says_why(tmp_path):
-    peer = rollout.Peer(str(tmp_path / "none"), np.zeros((1, 2), np.int32), 2, "float32", "cpu")
+    prompts = {"prompts": np.zeros((1, 2), np.int32)}
+    peer = rollout.Peer("transformers", prompts, "cpu", model=tmp_path / "none", new=2, dtype="float32")
     with pytest.raises(RuntimeError, match=r"--peer=transformers ended: (.|\n)*\w+Error"), peer:
         pass

@@ -1,7 +1,10 @@
 """The models that are measured: Qwen2 shapes with random weights by name, or a checkpoint directory."""
 
+import contextlib
 import dataclasses
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tto_jax import pretrained
@@ -54,7 +57,14 @@ def find(name: str, dtype: str, remat: str = "none", hf: str | None = None) -> L
     return Loaded(dataclasses.replace(MODELS[name], dtype=dtype, remat=remat))
 
 
-def export(directory: Path, model: ModelConfig, params: Params) -> None:
-    """A Hugging Face directory of these weights in the compute dtype, for a peer."""
-    hf_weights.save(directory, model, params, dtype=model.dtype)
-    (directory / "config.json").write_text(json.dumps(hf_config.to_hf(model, model.dtype)))
+@contextlib.contextmanager
+def exported(loaded: Loaded, params: Params) -> Iterator[str]:
+    """A Hugging Face directory of these weights in the compute dtype, for a peer: the model's own, or a new one."""
+    if loaded.path is not None:
+        yield loaded.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        directory, model = Path(folder) / "model", loaded.config
+        hf_weights.save(directory, model, params, dtype=model.dtype)
+        (directory / "config.json").write_text(json.dumps(hf_config.to_hf(model, model.dtype)))
+        yield str(directory)

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -69,7 +67,7 @@ def run(shape: Shape, options: Options) -> Result:
         work = limits.thinking(model, shape.rows // shape.group, shape.group, shape.prompt, shape.new)
         sides = [Side(OURS, ours, work, tokens)]
         if peer is not None:
-            sides.append(Side(options.peer, peer.generate, work, tokens, peer.clock, peer))
+            sides.append(Side(options.peer, peer.work, work, tokens, peer.clock, peer))
         rows = measure(chosen(sides, options), shape.repeat)
         difference = peer_difference(peer, prompts, shape, ours()) if peer is not None else 0.0
     notes = {"parameters": limits.parameters(model)} | ({"peer": peer.versions} if peer else {})
@@ -113,13 +111,12 @@ def peer_of(loaded: Loaded, params, prompts: Prompts, shape: Shape, options: Opt
     if options.peer is None:
         yield None
         return
-    with tempfile.TemporaryDirectory() as folder:
-        directory = loaded.path or str(Path(folder) / "model")
-        if loaded.path is None:
-            models.export(Path(directory), loaded.config, params)
-        repeated = np.repeat(prompts.tokens, shape.group, axis=0)
-        with Peer(directory, repeated, shape.new, shape.dtype, jax.default_backend()) as peer:
-            yield peer
+    repeated = {"prompts": np.repeat(prompts.tokens, shape.group, axis=0)}
+    with (
+        models.exported(loaded, params) as directory,
+        Peer(options.peer, repeated, jax.default_backend(), model=directory, new=shape.new, dtype=shape.dtype) as peer,
+    ):
+        yield peer
 
 
 def peer_difference(peer: Peer, prompts: Prompts, shape: Shape, traces) -> float:
