@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
     seconds = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     log = options.json.open("w") if options.json else contextlib.nullcontext()
     with log as file:
-        for kill in killed_run(flags, killed, options.kills, options.seed, 2 * seconds / (options.kills + 1)):
+        for kill in killed_run(flags, killed, options.kills, options.seed, seconds / (options.kills + 1)):
             print(line_of(kill), flush=True)
             if file:
                 print(json.dumps(kill), file=file, flush=True)
