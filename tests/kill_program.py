@@ -69,11 +69,12 @@ app.run(train.main)
 """
 
 
-def killed_run(flags: list[str], workdir: Path, kills: int, seed: int, span: float):
+def killed_run(flags: list[str], workdir: Path, kills: int, seed: int, total: int):
     """Trains with `flags` until the run ends by itself, killed `kills` times before; yields a dict for each kill.
 
-    Every other kill comes up to `span` seconds after a new row, so that the run gets on; the others come at any moment
-    since the start of the process: while it imports, restores, compiles.
+    Every other kill comes some rows after a start, so that the run gets on, and not so many that it ends before the
+    last kill: `total` is how many it will have. The others come at any moment up to the first new row: while the
+    process imports, restores, compiles.
     """
     rng, done, start_up = random.Random(seed), 0, 0.0
     phase, errors = workdir.parent / f"{workdir.name}.phase", workdir.parent / f"{workdir.name}.stderr"
@@ -84,12 +85,14 @@ def killed_run(flags: list[str], workdir: Path, kills: int, seed: int, span: flo
         with errors.open("w") as stderr:
             process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
         if done < kills and done % 2 and start_up:
-            wait(process, rng.uniform(0, start_up + span))
+            wait(process, rng.uniform(0, start_up))
         elif done < kills:
-            while rows_of(workdir) <= rows and process.poll() is None:
-                time.sleep(0.01)
+            until(process, lambda: rows_of(workdir) > rows)  # noqa: B023
             start_up = time.monotonic() - begin
-            wait(process, rng.uniform(0, span))
+            most = (total - rows) // (kills - done + 1)
+            ahead = rows + rng.randint(1, max(most, 1))
+            until(process, lambda: rows_of(workdir) >= ahead)  # noqa: B023
+            wait(process, rng.uniform(0, 1))
         if done < kills and process.poll() is None:
             process.send_signal(signal.SIGKILL)
         code = process.wait()
@@ -126,8 +129,13 @@ def line_of(kill: dict) -> str:
 def wait(process: subprocess.Popen, seconds: float) -> None:
     """Until the time is over or the process ends."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        time.sleep(min(0.01, seconds))
+    until(process, lambda: time.monotonic() >= end)
+
+
+def until(process: subprocess.Popen, true) -> None:
+    """Until something is true or the process ends."""
+    while not true() and process.poll() is None:
+        time.sleep(0.005)
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -175,6 +183,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="a file for one line of JSON a kill")
     parser.add_argument("flags", nargs="*", help="of tto_jax.train, after --")
     options = parser.parse_args(argv)
+    if there := [name for name in ("whole", "killed") if (options.workdir / name).exists()]:
+        parser.error(f"--workdir={options.workdir} holds {' and '.join(there)} of another time: name a new folder")
     flags = options.flags
     if not flags:
         sys.path[:0] = [str(ROOT)]
@@ -186,10 +196,9 @@ def main(argv: list[str]) -> None:
     whole, killed = options.workdir.absolute() / "whole", options.workdir.absolute() / "killed"
     page = [sys.executable, "-m", "tto_jax.train", *flags, f"--workdir={whole}"]
     subprocess.run(page, cwd=ROOT, env=environment(), check=True)
-    seconds = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     log = options.json.open("w") if options.json else contextlib.nullcontext()
     with log as file:
-        for kill in killed_run(flags, killed, options.kills, options.seed, seconds / (options.kills + 1)):
+        for kill in killed_run(flags, killed, options.kills, options.seed, rows_of(whole)):
             print(line_of(kill), flush=True)
             if file:
                 print(json.dumps(kill), file=file, flush=True)

@@ -251,7 +251,7 @@ def test_the_page_ends_well_and_soon(whole, base, number):
 def test_killed_at_random_moments(whole, base):
     """With SIGKILL, and started again, three times; `kill_program.py` does it more often."""
     workdir = base / "killed"
-    kills = list(killed_run(flags(workdir), workdir, kills=3, seed=int(time.time()), span=1.0))
+    kills = list(killed_run(flags(workdir), workdir, kills=3, seed=int(time.time()), total=rows_of(whole)))
     assert len(kills) == 3 and rows_of(workdir) == rows_of(whole)
     assert differences(whole, workdir) == [], [line_of(kill) for kill in kills]
 

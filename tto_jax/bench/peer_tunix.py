@@ -54,8 +54,8 @@ def load(flags, arrays):
     pad = end = config.vocab_size  # no token is either
     trainer = (
         peft_trainer.PeftTrainer(model, optimizer, training)
-        .with_loss_fn(lambda *given, **named: algo_core.grpo_loss_fn(*given, **named, pad_id=pad, eos_id=end), True)
-        .with_gen_model_input_fn(lambda example: {"train_example": example, "algo_config": options})
+        .with_loss_fn(lambda model, example: algo_core.grpo_loss_fn(model, example, options, pad, end), True)
+        .with_gen_model_input_fn(lambda example: {"example": example})
     )
     step, _ = trainer.jit_train_and_eval_step()
     tokens, new = jnp.asarray(arrays["tokens"]), arrays["old_logprob"].shape[1]
