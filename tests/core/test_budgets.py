@@ -1,5 +1,9 @@
 """Schedules, forks at budgets, and which block a token belongs to."""
 
+import collections
+import itertools
+import math
+
 import jax
 import numpy as np
 import oracles
@@ -83,3 +87,29 @@ def test_blocks_and_mask_agree():
     blocks = np.asarray(jax.vmap(lambda trace: budgets.block_of_token(trace, int(tokens[-1])))(forks))
     held = np.stack([(blocks == s).any(-1) for s in range(5)], axis=-1)
     np.testing.assert_array_equal(held, budgets.block_mask(forks))
+
+
+# Spacings.
+
+
+def test_exponential_budgets():
+    assert budgets.exponential(8000, 4) == (1000, 2000, 4000, 8000)
+    assert budgets.exponential(24, 3, 1.5) == (11, 16, 24)
+    assert budgets.exponential(7, 1) == (7,)
+
+
+@pytest.mark.parametrize("given", [(8, 5, 2.0), (8, 0, 2.0), (8, 2, 1.0), (3, 3, 1.1)])
+def test_exponential_budgets_that_cannot_be(given):
+    with pytest.raises(ValueError, match=r"above 1|fewer budgets"):
+        budgets.exponential(*given)
+
+
+def test_drawn_budgets_are_a_fair_set_below_the_last():
+    schedule = budgets.BudgetSchedule.from_prior((1, 2, 5), "linear")
+    draw = jax.jit(budgets.draw, static_argnums=2)
+    drawn = [draw(jax.random.key(i), schedule, 5) for i in range(600)]
+    assert all((one.weights == schedule.weights).all() for one in drawn)
+    found = collections.Counter(tuple(np.asarray(one.tokens).tolist()) for one in drawn)
+    assert set(found) == {(a, b, 5) for a, b in itertools.combinations(range(1, 5), 2)}
+    assert all(abs(number - 100) < 5 * math.sqrt(600 * (1 / 6) * (5 / 6)) for number in found.values())
+    assert draw._cache_size() == 1

@@ -39,3 +39,25 @@ def test_one_correct_trace_loses_half_of_the_penalty():
 def test_a_coefficient_that_is_none(alpha):
     with pytest.raises(ValueError, match=r"choose 0\.2"):
         rewards.relative_length_penalty(np.ones((1, 1, 1, 1)), np.ones((1, 1)), alpha)
+
+
+def test_overlong_penalty_by_hand():
+    correct = np.asarray([1.0, 1.0, 0.0, 1.0]).reshape(1, 4, 1, 1)
+    worth = rewards.overlong_penalty(correct, np.asarray([[60, 80, 90, 100]]), 100, 20)
+    np.testing.assert_allclose(worth.ravel(), [1.0, 1.0, -0.5, 0.0])
+
+
+@pytest.mark.parametrize("margin", [0, 101])
+def test_a_margin_that_is_none(margin):
+    with pytest.raises(ValueError, match=r"it lies in \[1, 100\]"):
+        rewards.overlong_penalty(np.ones((1, 1, 1, 1)), np.ones((1, 1)), 100, margin)
+
+
+def test_serial_decay_equals_a_count():
+    correct = (np.random.default_rng(1).random((3, 2, 5, 2)) < 0.5).astype(np.float32)
+    actual = np.asarray(rewards.serial_decay(correct))
+    for b, g, a in np.ndindex(3, 2, 2):
+        seen = 0
+        for s in range(5):
+            seen += int(correct[b, g, s, a])
+            assert actual[b, g, s, a] == (0.5 ** (seen - 1) if correct[b, g, s, a] else 0.0)

@@ -1,5 +1,6 @@
 """Where a thinking trace is cut, and how much each cut counts."""
 
+import itertools
 from collections.abc import Sequence
 
 import chex
@@ -58,6 +59,28 @@ class BudgetSchedule:
     def tail(self) -> jax.Array:
         """tail[s] = sum_{j>=s} P_j, f32[S]."""
         return jnp.cumsum(self.weights[::-1])[::-1]
+
+
+def exponential(last: int, size: int, ratio: float = 2.0) -> tuple[int, ...]:
+    """S budgets up to `last` tokens, each `ratio` times the one before: 1000, 2000, 4000, 8000.
+
+    Raises ValueError for a ratio that is not above 1, or budgets that would fall together.
+    """
+    if size < 1 or not ratio > 1:
+        raise ValueError(f"size={size}, ratio={ratio}: at least 1 budget, and a ratio above 1, such as 2.0")
+    found = tuple(round(last / ratio**k) for k in reversed(range(size)))
+    if found[0] < 1 or any(a >= b for a, b in itertools.pairwise(found)):
+        raise ValueError(f"last={last}, size={size}, ratio={ratio} give {found}: choose fewer budgets or a smaller one")
+    return found
+
+
+def draw(key: Array, schedule: BudgetSchedule, last: int) -> BudgetSchedule:
+    """Budgets for one step: the last one stays, the S - 1 before it are drawn below it; weights stay with the columns.
+
+    Every set of S - 1 is equally likely, and none compiles anything. key: key[]. last: static, tokens of the last one.
+    """
+    below = jax.random.choice(key, last - 1, (schedule.size - 1,), replace=False) + 1
+    return BudgetSchedule(tokens=jnp.append(jnp.sort(below), last).astype(jnp.int32), weights=schedule.weights)
 
 
 def _check_tokens(tokens: Sequence[int]) -> np.ndarray:

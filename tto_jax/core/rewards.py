@@ -37,3 +37,27 @@ def relative_length_penalty(correct: Array, length: Array, alpha: float) -> jax.
     variance = jnp.sum(jnp.where(right, (length - mean) ** 2, 0.0), axis=1, keepdims=True) / number
     scaled = jnp.where(variance > 0, (length - mean) / jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return correct * (1.0 - alpha * jax.nn.sigmoid(scaled))[:, :, None, None]
+
+
+def overlong_penalty(correct: Array, length: Array, cap: int, margin: int) -> jax.Array:
+    """DAPO (arXiv 2503.14476, eq. 13): correct + 0 up to cap - margin tokens, from there linearly down to -1 at `cap`.
+
+    correct f32[B,G,S,A]; length i32[B,G], tokens of the trace; cap, margin: tokens -> f32[B,G,S,A].
+    Raises ValueError unless 0 < margin <= cap.
+    """
+    if not 0 < margin <= cap:
+        raise ValueError(f"overlong_margin={margin}: it lies in [1, {cap}], the tokens of the longest trace")
+    chex.assert_rank([correct, length], [4, 2])
+    over = (jnp.asarray(length, jnp.float32) - (cap - margin)) / margin
+    return correct - jnp.clip(over, 0.0, 1.0)[:, :, None, None]
+
+
+def serial_decay(correct: Array) -> jax.Array:
+    """S-GRPO (arXiv 2505.07686): the n-th right answer along a trace's forks earns 2^(1-n), a wrong one stays 0.
+
+    Answers with the same number at different forks are one series; forks at one place count as one each.
+    correct: 0 or 1, f32[B,G,S,A] -> f32[B,G,S,A].
+    """
+    chex.assert_rank(correct, 4)
+    correct = jnp.asarray(correct, jnp.float32)
+    return correct * jnp.exp2(1.0 - jnp.cumsum(correct, axis=2))
