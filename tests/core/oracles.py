@@ -230,16 +230,16 @@ def mrt_credit(r, progress, reached, alpha, leave_one_out, std):
     return result
 
 
-def progress_gae_credit(progress, weights, gamma):
-    """A[s] = sum_{k >= s} gamma^(k-s) tail[k] progress[k]."""
-    tail = tails(weights)
+def progress_gae_credit(progress, weights, gamma, progress_weights):
+    """A[s] = sum_{k >= s} gamma^(k-s) c[k] progress[k]."""
+    c = tails(weights) if progress_weights == "tail" else [1.0] * len(weights)
     result = []
     for g in range(len(progress)):
         row = []
         for s in range(len(weights)):
             total = 0.0
             for k in range(s, len(weights)):
-                total += gamma ** (k - s) * tail[k] * progress[g][k]
+                total += gamma ** (k - s) * c[k] * progress[g][k]
             row.append(total)
         result.append(row)
     return result
@@ -303,12 +303,14 @@ def assign_one(
     decay=0.5,
     alpha=1.0,
     gamma=1.0,
+    progress_weights="tail",
     leave_one_out=False,
     std=False,
     start=None,
     values=None,
     scored=None,
     coef=None,
+    start_value=None,
 ):
     """Credit of one problem as nested lists: trace [G,S], answer [G,S,A], mask [G,S], start [A0] or None."""
     G, S = len(correct), len(correct[0])
@@ -318,6 +320,7 @@ def assign_one(
     if start is not None:
         for score in start:
             first += float(score) / len(start)
+    first = first if start_value is None else float(start_value)
     raw = column_means(correct)
     if values is not None:
         raw = [[float(values[g][s]) for s in range(S)] for g in range(G)]
@@ -329,7 +332,7 @@ def assign_one(
     elif kind == "mrt":
         trace = mrt_credit(r, progress, reached, alpha, leave_one_out, std)
     elif kind == "progress_gae":
-        trace = progress_gae_credit(progress, weights, gamma)
+        trace = progress_gae_credit(progress, weights, gamma, progress_weights)
     else:
         trace = budget_relative_credit(r, weights, kind, decay, leave_one_out, coef)
     return {
@@ -340,11 +343,11 @@ def assign_one(
     }
 
 
-def assign(correct, forks, weights, *, start=None, values=None, scored=None, **options):
+def assign(correct, forks, weights, *, start=None, values=None, scored=None, start_value=None, **options):
     """`assign_one` for every problem of a batch, as arrays."""
     problems = []
     for b in range(len(correct)):
-        own = {"start": start, "values": values, "scored": scored}
+        own = {"start": start, "values": values, "scored": scored, "start_value": start_value}
         own = {name: None if array is None else array[b] for name, array in own.items()}
         problems.append(assign_one(correct[b], forks[b], weights, **own, **options))
     return {
@@ -485,4 +488,5 @@ def random_batch(rng, B, G, S, A, start_answers=3):
         "scored": scored,
         "scored_by_fork": np.take_along_axis(scored, first, -1),
         "coef": rng.normal(size=(S, 3)).astype(np.float32),
+        "start_value": rng.normal(size=B).astype(np.float32),
     }

@@ -46,6 +46,9 @@ CASES = [
     ({"kind": "progress_gae"}, ("start",), "brpo"),
     ({"kind": "progress_gae", "gamma": 0.6}, ("start", "scored_by_fork"), "grpo"),
     ({"kind": "progress_gae", "gamma": 0.0}, ("start", "values", "scored_by_fork"), "brpo"),
+    ({"kind": "progress_gae", "gamma": 0.3, "progress_weights": "ones"}, ("start",), "none"),
+    ({"kind": "progress_gae", "gamma": 0.5}, ("start", "start_value", "values"), "brpo"),
+    ({"kind": "mrt"}, ("start_value", "values"), "brpo"),
 ]
 
 

@@ -172,6 +172,16 @@ def test_progress_gae_undiscounted_with_base_prior_is_potential_shaping():
     np.testing.assert_allclose(advantage, J[:, :, -1:] - before, atol=5e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_progress_of_weight_one_does_not_know_the_prior(gamma):
+    """MRT's progress and potential-based shaping: those of the prior `base`, whatever the prior."""
+    batch, schedule = batch_of(12)
+    base = BudgetSchedule.from_prior(tokens=range(10, 10 * S + 1, 10), prior="base")
+    ones = credit.Estimator("progress_gae", gamma=gamma, progress_weights="ones")
+    expected = trace_advantage(batch, base, credit.Estimator("progress_gae", gamma=gamma))
+    np.testing.assert_allclose(trace_advantage(batch, schedule, ones), expected, atol=1e-6)
+
+
 def test_regression_baseline_with_brpo_coefficients_is_brpo():
     for seed in range(3):
         batch, schedule = batch_of(seed)
