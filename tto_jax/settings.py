@@ -14,7 +14,7 @@ import numpy as np
 from tto_jax import data, episodes, inputs, sharding
 from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
-from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
+from tto_jax.core.credit import ANSWERS, GROUP_ONLY, NEEDS_START, Estimator
 from tto_jax.core.losses import released_constant
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.episodes import Episodes
@@ -334,9 +334,9 @@ def _check(settings: Settings, config) -> None:
         raise ValueError(f"rollout.group_size=1 with {kind!r}: every advantage would be zero; choose 2 or more")
     if settings.rollout.group_size == 1 and settings.credit.baseline_fit:
         raise ValueError("rollout.group_size=1 with credit.baseline_fit: a trace has no others; choose 2 or more")
-    if kind == "progress_gae" and not settings.credit.start:
+    if kind in NEEDS_START and not settings.credit.start:
         raise ValueError(
-            "credit.estimator.kind='progress_gae' needs scores before any thinking: choose rollout.start=True, or 'mrt'"
+            f"credit.estimator.kind={kind!r} needs scores before any thinking: choose rollout.start=True, or 'mrt'"
         )
     if not inputs.is_pretrained(config):
         _check_warm_start(config, settings)

@@ -230,6 +230,25 @@ def mrt_credit(r, progress, reached, alpha, leave_one_out, std):
     return result
 
 
+def normalised(column):
+    """(x - mean) / (sample deviation + 1e-6)."""
+    mean = sum(column) / len(column)
+    return [(value - mean) / (sample_std(column) + 1e-6) for value in column]
+
+
+def continuation_credit(kind, r, J, start, first, alpha, leave_one_out):
+    """MRT's RL: (one advantage a trace that continues, one a sample that ended at once; None where it is as usual)."""
+    final = [row[-1] for row in r]
+    if kind == "mrt_termination":
+        return [value - first for value in final], None
+    if kind == "mrt_joint":
+        both = normalised(final + [float(score) for score in start])
+        return both[: len(final)], both[len(final) :]
+    reward = [value + alpha * (row[0] - first) for value, row in zip(final, J)]
+    std = sample_std(reward) + 1e-6
+    return [(reward[g] - mean_for(g, reward, leave_one_out)) / std for g in range(len(reward))], None
+
+
 def progress_gae_credit(progress, weights, gamma, progress_weights):
     """A[s] = sum_{k >= s} gamma^(k-s) c[k] progress[k]."""
     c = tails(weights) if progress_weights == "tail" else [1.0] * len(weights)
@@ -327,7 +346,12 @@ def assign_one(
     r = carry(raw, scored, first)
     progress = progress_of(pooled_values(raw, forks, scored, first), first)
     reached = [block_mask(forks[g]) for g in range(G)]
-    if kind in ("grpo", "rloo"):
+    ended = None
+    if kind in ("mrt_termination", "mrt_joint", "mrt_explicit"):
+        pooled = pooled_values(raw, forks, scored, first)
+        each, ended = continuation_credit(kind, r, pooled, start, first, alpha, leave_one_out)
+        trace = [[value] * S for value in each]
+    elif kind in ("grpo", "rloo"):
         trace = final_score_credit(r, leave_one_out or kind == "rloo", std)
     elif kind == "mrt":
         trace = mrt_credit(r, progress, reached, alpha, leave_one_out, std)
@@ -339,7 +363,7 @@ def assign_one(
         "trace_advantage": trace,
         "answer_advantage": answer_credit(correct, forks, scored, answers),
         "block_mask": reached,
-        "start_advantage": None if start is None else start_credit(start, answers),
+        "start_advantage": ended or (None if start is None else start_credit(start, answers)),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from tto_jax.core import credit, losses, progress
 from tto_jax.core.budgets import BudgetSchedule
 
-KINDS = ("grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae")
+KINDS = credit.KINDS
 B, G, S, A = 2, 4, 5, 3
 
 
@@ -97,7 +97,7 @@ def test_permuting_answers_changes_no_trace_advantage(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "brpo", "group", "mrt", "progress_gae"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "brpo", "group", "mrt", *credit.NEEDS_START])
 def test_shifting_every_score_changes_nothing(kind):
     """A baseline exists to remove what all scores share."""
     batch, schedule = batch_of(5)

@@ -6,15 +6,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tto_jax.core import advantages, budgets, progress, regression
+from tto_jax.core import advantages, budgets, continuation, progress, regression
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.regression import NormalEquations
 from tto_jax.core.types import Array, Credit
 
-KINDS = ("grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae")
+CONTINUATION = ("mrt_termination", "mrt_joint", "mrt_explicit")
+KINDS = ("grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae", *CONTINUATION)
+NEEDS_START = ("progress_gae", *CONTINUATION)
 ANSWERS = ("brpo", "grpo", "none")
 WEIGHTS = ("tail", "ones")
-GROUP_ONLY = ("grpo", "rloo", "mrt")  # every thinking advantage of these is zero for a group of one
+GROUP_ONLY = ("grpo", "rloo", "mrt", "mrt_explicit")  # every thinking advantage is zero for a group of one
+STD = ("grpo", "rloo", "mrt")  # of which the deviation is an option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +28,14 @@ class Estimator:
     `brpo` R - (s V1 + (S-s) V2)/S; `prefix` R - V1; `group` R - V2; `none` R; `grpo` r[S-1] minus its group mean, the
     same for all blocks; `rloo` the same with the others' mean; `mrt` grpo + alpha (progress - its mean over the traces
     that reached the block); `progress_gae` sum_{k>=s} gamma^(k-s) c[k] progress[k].
+    MRT's RL, the same for all blocks, against J[-1], what ending at once earns: `mrt_termination` r[S-1] - J[-1];
+    `mrt_joint` (r - mean)/std over the group's r[S-1] and the scores before any thinking; `mrt_explicit` r[S-1] +
+    alpha (J[0] - J[-1]) minus its group mean, over the deviation.
     """
 
     kind: str = "brpo"
     decay: float = 0.5  # lambda of the prefix baseline
-    alpha: float = 1.0  # weight of progress in `mrt`
+    alpha: float = 1.0  # weight of progress in `mrt`, `mrt_explicit`
     gamma: float = 1.0  # discount over blocks in `progress_gae`
     progress_weights: str = "tail"  # c in `progress_gae`; with ones: MRT's progress (gamma 0), shaping (gamma 1)
     leave_one_out: bool = False  # every group mean leaves its own trace out
@@ -48,10 +54,8 @@ class Estimator:
             raise ValueError(f"gamma={self.gamma}: the discount over blocks lies in [0, 1]; choose 0 (MRT) or 1 (BRPO)")
         if self.progress_weights not in WEIGHTS:
             raise ValueError(f"progress_weights={self.progress_weights!r} is unknown: choose one of {WEIGHTS}")
-        if self.std and self.kind not in GROUP_ONLY:
-            raise ValueError(
-                f"std=True with {self.kind!r}: only an outcome is divided by its deviation; choose {GROUP_ONLY}"
-            )
+        if self.std and self.kind not in STD:
+            raise ValueError(f"std=True with {self.kind!r}: only an outcome is divided by its deviation; choose {STD}")
 
 
 def assign(
@@ -76,7 +80,7 @@ def assign(
       estimator: a name of `KINDS` (defaults of `Estimator`), or an `Estimator`.
       answers: `brpo`: score minus the mean of its fork's answers; `grpo`: that, kept for the last answer of the last
         column only; `none`: zeros.
-      start: f32[B,A0], scores before any thinking. Their mean is J[-1]; needed by `progress_gae`, cancels in `mrt`.
+      start: f32[B,A0], scores before any thinking. Their mean is J[-1]; needed by `NEEDS_START`, cancels in `mrt`.
       values: f32[B,G,S], replace the mean score in the thinking credit.
       scored: bool[B,G,S]; an unscored column carries the last scored value (J[-1], or 0, if there is none before).
       coef: f32[S,3], a, b, c of the regression baseline a V1 + b V2 + c, with `brpo`.
@@ -98,16 +102,21 @@ def assign(
     initial = jnp.zeros(forks.shape[0]) if start is None else jnp.asarray(start, jnp.float32).mean(axis=-1)
     initial = initial if start_value is None else jnp.asarray(start_value, jnp.float32)
 
-    def one_problem(correct, forks, scored, values, initial):
-        trace = _trace_advantage(values, forks, scored, initial, schedule, estimator, coef)
-        return trace, _answer_advantage(correct, forks, scored, answers)
+    first = None if start is None else jnp.asarray(start, jnp.float32)
 
-    trace_advantage, answer_advantage = jax.vmap(one_problem)(correct, forks, scored, values, initial)
+    def one_problem(correct, forks, scored, values, initial, first):
+        trace = _trace_advantage(values, forks, scored, initial, first, schedule, estimator, coef)
+        ended = None if first is None else _start_advantage(values, scored, initial, first, estimator, answers)
+        return trace, _answer_advantage(correct, forks, scored, answers), ended
+
+    trace_advantage, answer_advantage, start_advantage = jax.vmap(one_problem)(
+        correct, forks, scored, values, initial, first
+    )
     return Credit(
         trace_advantage=trace_advantage,
         answer_advantage=answer_advantage,
         block_mask=budgets.block_mask(forks),
-        start_advantage=None if start is None else _start_advantage(start, answers),
+        start_advantage=start_advantage,
     )
 
 
@@ -128,13 +137,22 @@ def with_start(credit: Credit) -> Credit:
     )
 
 
-def _trace_advantage(values, forks, scored, initial, schedule, estimator, coef):
-    """One problem: values f32[G,S], forks i32[G,S], scored bool[G,S], initial f32[] -> f32[G,S]."""
+def _trace_advantage(values, forks, scored, initial, first, schedule, estimator, coef):
+    """One problem: values f32[G,S], forks i32[G,S], scored bool[G,S], initial f32[], first f32[A0] -> f32[G,S]."""
     # J belongs to the fork: one scored column gives it to all columns of the fork.
     known = jnp.any(advantages.same_fork(forks) & scored[:, None, :], axis=-1)
     pooled = _carry(advantages.pool(values, forks, scored), known, initial)
     values = _carry(values, scored, initial)
     kind, leave_one_out = estimator.kind, estimator.leave_one_out
+    if kind in CONTINUATION:
+        advantage = {
+            "mrt_termination": lambda: continuation.termination(values[:, -1], initial),
+            "mrt_joint": lambda: continuation.joint(values[:, -1], first)[0],
+            "mrt_explicit": lambda: continuation.explicit(
+                values[:, -1], pooled[:, 0], initial, estimator.alpha, leave_one_out
+            ),
+        }[kind]()
+        return jnp.broadcast_to(advantage[:, None], values.shape)
     if kind in GROUP_ONLY:
         outcome = advantages.grpo(values[:, -1], leave_one_out or kind == "rloo", estimator.std)[:, None]
         if kind != "mrt":
@@ -173,10 +191,14 @@ def _answer_advantage(correct, forks, scored, answers):
     return advantage
 
 
-def _start_advantage(start, answers):
-    """Answers before any thinking share the fork 0: score minus their mean; trained with the `brpo` answers only."""
-    start = jnp.asarray(start, jnp.float32)
-    return start - start.mean(axis=-1, keepdims=True) if answers == "brpo" else jnp.zeros_like(start)
+def _start_advantage(values, scored, initial, first, estimator, answers):
+    """One problem: answers before any thinking share the fork 0: score minus their mean, f32[A0].
+
+    Trained with the `brpo` answers only; in `mrt_joint` they are samples like the others, whatever the answers.
+    """
+    if estimator.kind == "mrt_joint":
+        return continuation.joint(_carry(values, scored, initial)[:, -1], first)[1]
+    return first - first.mean() if answers == "brpo" else jnp.zeros_like(first)
 
 
 def _carry(values, scored, initial):
@@ -216,8 +238,8 @@ def _check(correct, forks, schedule, estimator, answers, start, values, scored, 
         raise ValueError(
             f"G=1 with {estimator.kind!r}: every advantage would be zero; use G >= 2 or choose one of {choices}"
         )
-    if estimator.kind == "progress_gae" and start is None and start_value is None:
-        raise ValueError("start=None with 'progress_gae': J[-1] does not cancel; give start f32[B,A0] or choose 'mrt'")
+    if estimator.kind in NEEDS_START and start is None:
+        raise ValueError(f"start=None with {estimator.kind!r}: J[-1] does not cancel; give f32[B,A0] or choose 'mrt'")
     if coef is not None and estimator.kind != "brpo":
         raise ValueError(f"coef with {estimator.kind!r}: the regression baseline replaces that of BRPO; choose 'brpo'")
 
