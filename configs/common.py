@@ -12,6 +12,22 @@ ALGORITHMS = {
     "grpo": ("grpo", "base", "grpo", False, 1, 0.0),
     "grpo_length": ("grpo", "base", "grpo", False, 1, 0.5),
     "grpo_answers": ("grpo", "base", "brpo", True, 4, 0.0),
+    "regression": ("brpo", "uniform", "brpo", True, 4, 0.0),
+    "mrt_online": ("mrt", "base", "grpo", True, 4, 0.0),
+    "progress_gae_0": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
+    "progress_gae_half": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
+    "progress_gae_1": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
+    "potential": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
+}
+# What an algorithm sets beside its line above.
+_START = {"rollout.start": True}
+SETS = {
+    "regression": {"credit.estimator.leave_one_out": True, "credit.baseline_fit": 0.9},
+    "mrt_online": {"episodes.rule": "delimiters", "episodes.most": 6},
+    "progress_gae_0": {"credit.estimator.gamma": 0.0, **_START},
+    "progress_gae_half": {"credit.estimator.gamma": 0.5, **_START},
+    "progress_gae_1": _START,
+    "potential": {"credit.estimator.progress_weights": "ones", **_START},
 }
 # Ablations of the paper that only the experiments with pretrained models have.
 ABLATIONS = {
@@ -108,17 +124,28 @@ def prompting(style: str) -> ConfigDict:
 def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
     """What every experiment has, and the credit of algorithm `name` of ALGORITHMS or ABLATIONS."""
     estimator, prior, answers, all_budgets, number, penalty = (ALGORITHMS | ABLATIONS)[name]
-    return ConfigDict(
+    config = ConfigDict(
         {
             "variant": variant,
             "seed": 0,
             "steps": 1,
             "mesh": (1, 1, 1),  # devices along data, fsdp, tensor; -1: the rest of them
             "budgets": {"tokens": budgets if all_budgets else budgets[-1:], "prior": prior},
+            "episodes": {  # where traces are cut instead of at all budgets but the last
+                "rule": "budgets",  # or delimiters, paragraphs, blocks
+                "most": 0,  # episodes of a trace; what follows is part of the last one; 0: as many as the rule makes
+                "block": 1024,  # tokens of a block
+                "markers": (),  # a paragraph that starts with one opens an episode; empty: MRT's
+                "separator": "\n\n",  # of paragraphs
+                "gap": 2,  # paragraphs after a cut in which no other is made
+                "max_cuts": 49,  # at markers
+                "group": 5,  # consecutive episodes that are made one
+            },
             "rollout": {
                 "problems": 64,
                 "group_size": 8,
                 "answers": number,
+                "start": False,  # answers are forced before any thinking, too
                 "temperature": 1.0,
                 "segment": 256,
                 "slots": 0,  # traces decoded at a time; 0: all of them
@@ -130,9 +157,13 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                     "decay": 0.5,
                     "alpha": 1.0,
                     "gamma": 1.0,
+                    "progress_weights": "tail",  # in progress_gae: the prior's tail, or ones
                     "leave_one_out": False,
                     "std": False,
                 },
+                "fork_values": "scores",  # they pay thinking; or reference: the reference answer's probability
+                "baseline_fit": 0.0,  # decay a step of what fits the regression baseline, such as 0.9; 0: BRPO's own
+                "baseline_ridge": 1.0,  # how much the fit is drawn to BRPO's coefficients, in traces
                 "answers": answers,
                 "answer_weight": "code",
                 "length_penalty": penalty,
@@ -168,6 +199,8 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "log": {"samples_every": 20, "samples": 4},
         }
     )
+    config.update_from_flattened_dict(SETS.get(name, {}))
+    return config
 
 
 def optimizer(**given) -> dict:

@@ -3,8 +3,8 @@
     python -m tto_jax.train --config=configs/math.py:brpo --workdir=runs/math \\
       --config.init=models/my_model --config.data.train=sets/math_train --config.data.eval="('sets/aime24',)"
 
-Variants: brpo, brpo_linear, brpo_base, grpo, grpo_length, grpo_answers, group, mrt. Budgets, batch, rates are options
-like any other: --config.budgets.tokens="(512,1024)" --config.rollout.problems=8
+Variants: those of peak.py; mrt_online cuts at the markers of MRT. Budgets, batch, rates are options like any other:
+--config.budgets.tokens="(512,1024)" --config.rollout.problems=8
 
 Which pod it fits on depends on the model: python -m tto_jax.compile_tpu --config=configs/math.py:brpo
 --config.init=models/my_model --topology=v5e:4x4 says. A 1.5B model needs what brpo_r1_qwen_1p5b_8k.py does, or less.

@@ -330,3 +330,64 @@ def test_dry_run():
         "tokens_per_row: 10176",
     ):
         assert words in done.stdout
+
+
+# ---------------------------------------------------------------- MRT
+
+
+MRT = "mrt_r1_qwen_1p5b"
+
+
+def test_setup_of_mrt():
+    """Of arXiv 2503.07572 and, for `online`, of its authors' run of 2026."""
+    _, plan = planned(f"{MRT}:online")
+    assert (plan.rows, plan.rollout.group_size, plan.problems) == (256, 4, 64)
+    assert (plan.prompt_pad, plan.rollout.trace_pad, plan.rollout.answers) == (4096, 24_576, 4)
+    assert (plan.rollout.sample.temperature, plan.loss.temperature) == (0.9, 0.9)
+    optimizer = plan.optimizer
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.weight_decay) == (1e-6, "cosine", 0.01)
+    assert optimizer.decay_steps == plan.steps * plan.minibatches == 629 and optimizer.warmup_steps == 62
+    assert (plan.credit.estimator.kind, plan.credit.estimator.alpha) == ("mrt", 1.0)
+    assert plan.names == tuple(f"episode_{s}" for s in range(1, 7)) and plan.episodes.size == plan.columns == 6
+    rule = plan.episodes.text_rule
+    assert (rule.max_cuts, rule.group, rule.gap, rule.separator) == (49, 5, 2, "\n\n")
+    assert rule.markers[:3] == ("Wait", "But wait", "Alternatively") and len(rule.markers) == 6
+    assert plan.schedule.weights.tolist() == [0] * 5 + [1]
+    assert plan.task.prompting.elicit_cut.startswith("Time is up.") and not plan.task.prompting.elicit_ended
+    assert f"{plan.kv_bytes() / 1e9:.1f}" in header(MRT)
+    assert "six episodes" in header(MRT) and "Not run at scale" in header(MRT)
+    (words,) = commands(MRT, "train")
+    assert parsed(f"{MRT}:online", *words[2:]).data.train == "sets/deepscaler"
+
+
+def test_grpo_beside_mrt():
+    _, plan = planned(f"{MRT}:grpo")
+    assert (plan.credit.estimator.kind, plan.rollout.answers, plan.names) == ("grpo", 1, ("24576",))
+    assert plan.episodes is None and f"{plan.kv_bytes() / 1e9:.1f}" in header(MRT)
+    with pytest.raises(flags.IllegalFlagValueError, match="choose one of"):
+        parsed(f"{MRT}:star")
+
+
+# name: estimator, discount, weights of progress, start, decay of the fitted baseline, cuts
+MRT_VARIANTS = {
+    "mrt_online": ("mrt", 1.0, "tail", False, 0.0, "episodes"),
+    "progress_gae_0": ("progress_gae", 0.0, "tail", True, 0.0, "budgets"),
+    "progress_gae_half": ("progress_gae", 0.5, "tail", True, 0.0, "budgets"),
+    "progress_gae_1": ("progress_gae", 1.0, "tail", True, 0.0, "budgets"),
+    "potential": ("progress_gae", 1.0, "ones", True, 0.0, "budgets"),
+    "regression": ("brpo", 1.0, "tail", False, 0.9, "budgets"),
+}
+
+
+@pytest.mark.parametrize("file", ["peak", "chain"])
+@pytest.mark.parametrize("variant", MRT_VARIANTS)
+def test_variants_of_the_embedded_experiments(file, variant):
+    _, plan = planned(f"{file}:{variant}")
+    kind, gamma, weights, start, fit, cuts = MRT_VARIANTS[variant]
+    estimator = plan.credit.estimator
+    assert (estimator.kind, estimator.gamma, estimator.progress_weights) == (kind, gamma, weights)
+    assert (plan.credit.start, plan.credit.baseline_fit) == (start, fit)
+    assert estimator.leave_one_out == (variant == "regression")
+    assert (plan.episodes is not None) == (cuts == "episodes")
+    if cuts == "episodes":
+        assert plan.columns == {"peak": 4, "chain": 6}[file] and plan.schedule.weights[-1] == 1

@@ -99,3 +99,74 @@ def test_a_rule_of_the_users_own_on_words():
         episodes.forks_at_delimiters(tokenizer, lambda text: [5, 2], np.array([ids]), np.array([9]), 2)
     with pytest.raises(ValueError, match="size=0"):
         episodes.forks_at_delimiters(tokenizer, rule, np.array([ids]), np.array([9]), 0)
+
+
+# What a configuration asks for.
+
+SECTION = {
+    **{"rule": "delimiters", "most": 0, "block": 4, "markers": (), "separator": "\n\n", "gap": 2},
+    **{"max_cuts": 49, "group": 5},
+}
+
+
+def section(**changes):
+    return episodes.of_section(SECTION | changes, None, 24)
+
+
+def test_rules_of_a_section():
+    assert section(rule="budgets") is None
+    assert (section().size, section().text_rule) == (10, Delimiters())
+    assert (section(most=6).size, section(most=60).size) == (6, 10)
+    words = section(markers=("a", "b"), separator=" ", gap=0, max_cuts=5, group=2)
+    assert words.size == 3 and words.text_rule == Delimiters(("a", "b"), " ", 0, 5, 2)
+    assert section(rule="paragraphs", most=4).text_rule == paragraphs(4)
+    assert (section(rule="blocks").size, section(rule="blocks", most=2).size, section(rule="blocks", block=5).size) == (
+        6,
+        2,
+        5,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_of_tokens(seed):
+    """The end of each block, or of the trace; what is left belongs to the last."""
+    rng = np.random.default_rng(seed)
+    block, size, length = int(rng.integers(1, 6)), int(rng.integers(1, 5)), rng.integers(0, 25, 12)
+    cut = episodes.Episodes(size, None, None, block)
+    forks = cut(np.zeros((12, 24), np.int32), length)
+    expected = [[min(n, block * (s + 1)) if s < size - 1 else n for s in range(size)] for n in length]
+    assert forks.dtype == np.int32
+    np.testing.assert_array_equal(forks, expected)
+
+
+def test_episodes_of_words():
+    """A task of words: every check of peak begins with its label, which opens an episode of its own."""
+    task = peak.Peak()
+    tokenizer = Tokenizer.from_task(task)
+    rule = section(markers=tuple("abcdefgh"), separator=" ", gap=0, max_cuts=7, group=1)
+    cut = episodes.Episodes(4, tokenizer, rule.text_rule)
+    ids = tokenizer.encode("c 1 1 a 5 5 h 2 5 b 7 7 d 0 7 </think>")
+    assert cut(np.asarray([[*ids, 0, 0], ids[:3] + [0] * 15]), np.asarray([len(ids), 3])).tolist() == [
+        [3, 6, 9, 16],
+        [3, 3, 3, 3],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rule": "sentences"}, r"episodes.rule='sentences'.*choose one of"),
+        ({"most": 1}, r"episodes.most=1.*at least 2"),
+        ({"most": -1}, r"episodes.most=-1"),
+        ({"rule": "paragraphs"}, r"episodes.most=0.*'paragraphs'"),
+        ({"rule": "blocks", "block": 0}, r"episodes.block=0.*1 to 23"),
+        ({"rule": "blocks", "block": 24}, r"episodes.block=24.*at most"),
+        ({"max_cuts": 0}, r"episodes: .*max_cuts=0"),
+        ({"separator": ""}, r"episodes: .*separator=''"),
+        ({"max_cuts": 4}, r"max_cuts=4, group=5: one episode"),
+    ],
+    ids=str,
+)
+def test_sections_that_make_no_sense(change, says):
+    with pytest.raises(ValueError, match=says):
+        section(**change)

@@ -38,11 +38,13 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
                 "distributed",
                 "inputs",
                 "chats",
+                "crediting",
                 "episodes",
                 "math_task",
                 "pretrained",
                 "problem_files",
                 "problem_sets",
+                "reference_values",
             )
         ),
         4,

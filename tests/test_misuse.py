@@ -197,9 +197,39 @@ MISUSES = (
     option(
         "progress before any thinking is sampled",
         "credit.estimator.kind=progress_gae",
-        *("credit.estimator.kind='progress_gae'", "before any thinking", "'mrt'"),
+        *("credit.estimator.kind='progress_gae'", "before any thinking", "rollout.start=True", "'mrt'"),
+    ),
+    option(
+        "weights of progress that do not exist",
+        "credit.estimator.progress_weights=prior",
+        *("progress_weights='prior'", UNKNOWN, "('tail', 'ones')"),
     ),
     option("a deviation that BRPO does not have", "credit.estimator.std=True", "std=True", "'brpo'", "'grpo'"),
+    option(
+        "a fitted baseline that would be biased",
+        "credit.baseline_fit=0.9",
+        *("credit.baseline_fit=0.9", "leave_one_out=False", "leave_one_out=True"),
+    ),
+    option(
+        "a fit that forgets nothing and more",
+        "credit.baseline_fit=1.1",
+        *("credit.baseline_fit=1.1", "[0, 1]", "0.9"),
+    ),
+    option(
+        "values of forks that do not exist",
+        "credit.fork_values=judge",
+        *("credit.fork_values='judge'", UNKNOWN, "('scores', 'reference')"),
+    ),
+    option(
+        "a rule of episodes that does not exist",
+        "episodes.rule=sentences",
+        *("episodes.rule='sentences'", UNKNOWN, "'delimiters'"),
+    ),
+    option(
+        "a prior by tokens over episodes",
+        "episodes.rule=blocks episodes.block=6 budgets.prior=linear",
+        *("budgets.prior='linear'", "over episodes", "'base'"),
+    ),
     option("a prefix baseline of no weight", "credit.estimator.decay=0", "decay=0.0", "0 < decay <= 1", "0.5"),
     option("a discount above one", "credit.estimator.gamma=1.5", "gamma=1.5", "[0, 1]"),
     option("a penalty above one", "credit.length_penalty=2", "credit.length_penalty=2.0", "[0, 1]", "0.2"),

@@ -180,6 +180,8 @@ def test_rows_have_what_the_page_promises(rows):
     budgets, blocks = SMALL["budgets.tokens"], range(len(SMALL["budgets.tokens"]))
     names = {"step", "tokens", "seconds"}
     names |= {f"{name}/{b}" for name in ("score", "formatted", "unfinished", "overthinking") for b in budgets}
+    names |= {f"{name}/{b}" for name in ("progress", "regret/normalized") for b in budgets}
+    names |= {"regret/cumulative", "regret/group"}
     names |= {"score/anytime", "length/mean", "length/correct", "length/wrong", "groups/without_signal"}
     names |= {f"advantage/{name}/{s}" for name in ("mean", "std") for s in blocks}
     names |= {f"{name}/{v}/{s}" for name in ("residual", "correlation") for v in ("v1", "v2", "v") for s in blocks}

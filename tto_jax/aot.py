@@ -91,7 +91,7 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
     thinking, cache, keys = split_rows(mesh, started)
     traces = split_rows(mesh, jax.eval_shape(lambda state: state.traces(engine), thinking))
     trunk = rollout.Trunk(prompts=prompts, prompt_cache=cache, trace_cache=thinking.cache, first_trace=number)
-    forks = split_rows(mesh, _array(jnp.int32, plan.rows, plan.schedule.size))
+    forks = split_rows(mesh, _array(jnp.int32, plan.rows, plan.columns))
     rows = split_rows(mesh, packed_rows(plan, plan.rows))
     minibatch = split_rows(mesh, packed_rows(plan, plan.rows // plan.minibatches))
     # All of it is there while the rollout runs; the log-probs take the parameters, but not the moments.
@@ -129,7 +129,7 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
 
 def packed_rows(plan: Settings, number: int) -> TokenTree:
     """Shapes of `number` rows as `token_tree.pack` makes them."""
-    group, size, answers, width = plan.rollout.group_size, plan.schedule.size, plan.rollout.answers, plan.answer_pad
+    group, size, answers, width = plan.rollout.group_size, plan.columns, plan.rollout.answers, plan.answer_pad
     problems, trace = number // group, (number, plan.rollout.trace_pad)
     lead = (number, size, answers)
     flag, integer, real = (

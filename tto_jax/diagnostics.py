@@ -1,28 +1,36 @@
 """What a training step says of itself: numbers for metrics.jsonl and traces in readable text. On the host, in numpy."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tto_jax import summary
 from tto_jax.core import anytime
+from tto_jax.core import credit as credits
 from tto_jax.core.types import Answers, Array, Credit, Scores, TokenTree, Traces
 from tto_jax.settings import Settings
 
 
 def rollout_metrics(
-    scores: Scores, length: np.ndarray, ended: np.ndarray, forks: np.ndarray, budgets: np.ndarray
+    scores: Scores, length: np.ndarray, ended: np.ndarray, forks: np.ndarray, names: Sequence[str], start: bool = False
 ) -> dict:
-    """Scores, format, unfinished, overthinking at every budget; length by correctness; groups without signal."""
+    """Scores, format, unfinished, overthinking at every cut; length by correctness; groups without signal.
+
+    names: of the S cuts. start: there is one more before them, answers before any thinking: their score alone is given.
+    """
     forks = forks.reshape(scores.correct.shape[:3])
+    row = {"score/start": scores.correct[:, :, 0].mean()} if start else {}
+    forks, scores = forks[..., start:], jax.tree.map(lambda x: x[:, :, start:], scores)
     overthinking = jax.device_get(_overthinking_rate(scores.correct, forks))
     length = length.reshape(forks.shape[:2])
-    finished = (ended.reshape(forks.shape[:2]))[..., None] & (length[..., None] <= budgets)
-    row = {}
-    for s, budget in enumerate(budgets):
-        row[f"score/{budget}"] = scores.correct[:, :, s].mean()
-        row[f"formatted/{budget}"] = scores.formatted[:, :, s].mean()
-        row[f"unfinished/{budget}"] = 1.0 - finished[:, :, s].mean()
-        row[f"overthinking/{budget}"] = overthinking[s]
+    finished = (ended.reshape(forks.shape[:2]))[..., None] & (length[..., None] == forks)
+    for s, name in enumerate(names):
+        row[f"score/{name}"] = scores.correct[:, :, s].mean()
+        row[f"formatted/{name}"] = scores.formatted[:, :, s].mean()
+        row[f"unfinished/{name}"] = 1.0 - finished[:, :, s].mean()
+        row[f"overthinking/{name}"] = overthinking[s]
     right = scores.correct[:, :, -1].mean(axis=-1) > 0.5
     flat = scores.correct.reshape(scores.correct.shape[0], -1)
     return row | {
@@ -32,6 +40,44 @@ def rollout_metrics(
         "length/wrong": _mean(length[~right]),
         "groups/without_signal": (flat.min(axis=1) == flat.max(axis=1)).mean(),
     }
+
+
+def progress_metrics(
+    correct: np.ndarray,
+    forks: np.ndarray,
+    prompt_length: np.ndarray,
+    answer_length: np.ndarray,
+    settings: Settings,
+) -> dict:
+    """Progress and regret of the traces (arXiv 2503.07572), J pooled over the answers that share a fork.
+
+    `progress/NAME`: mean of J[s] - J[s-1] over the traces that reached block s; of the first block only with `start`,
+    as J[-1] is the problem's mean score before any thinking. Means over traces of sum_s (J* - J[s]), in cuts, those
+    behind a trace's end included: `regret/cumulative` with J* = 1, `regret/group` with the best J of the problem's
+    traces. `regret/normalized/LIMIT` of `summary.regrets`, at the budgets in tokens; with episodes at the longest
+    trace's.
+
+    Args:
+      correct: f32[B,G,S,A]; forks: i32[N,S]; prompt_length: i32[B]; answer_length: i32[N,S,A], with what was
+        inserted. With `start` S is one more here: the first column is before any thinking.
+    """
+    forks, answer_length = forks.reshape(correct.shape[:3]), answer_length.reshape(correct.shape)
+    pooled, first = jax.device_get(_pooled_accuracy(correct, forks)), int(settings.credit.start)
+    initial = pooled[:, :, 0].mean(axis=1, keepdims=True) if first else None
+    pooled, correct, forks, answer_length = (x[:, :, first:] for x in (pooled, correct, forks, answer_length))
+    row = {}
+    for s, name in enumerate(settings.names):
+        before = pooled[..., s - 1] if s else initial
+        reached = forks[..., s] > (forks[..., s - 1] if s else 0)
+        row[f"progress/{name}"] = None if before is None else _mean((pooled[..., s] - before)[reached])
+    best = pooled.max(axis=(1, 2), keepdims=True)
+    row["regret/cumulative"], row["regret/group"] = (float((x - pooled).sum(-1).mean()) for x in (1.0, best))
+    before = prompt_length[:, None, None] + forks
+    tokens = settings.schedule.tokens
+    limits = [settings.rollout.trace_pad] if tokens is None else np.asarray(tokens).tolist()
+    found = summary.regrets(correct, forks, before, answer_length, np.asarray(limits, np.float32))
+    found = np.asarray(jax.device_get(found)).mean(axis=0)
+    return row | {f"regret/normalized/{limit}": float(x) for limit, x in zip(limits, found)}
 
 
 def credit_metrics(credit: Credit, baselines: dict[str, np.ndarray]) -> dict:
@@ -49,7 +95,7 @@ def credit_metrics(credit: Credit, baselines: dict[str, np.ndarray]) -> dict:
         )
         returns = baselines["return"][..., s][reached]
         variance = returns.var() if returns.size else 0.0
-        for name in ("v1", "v2", "v"):
+        for name in [name for name in baselines if name != "return"]:
             value = baselines[name][..., s][reached]
             usable = variance > 0 and value.var() > 0
             row[f"residual/{name}/{s}"] = float((returns - value).var() / variance) if variance > 0 else None
@@ -90,8 +136,13 @@ def update_metrics(updates: list[dict]) -> dict:
 def samples(
     settings: Settings, problems, traces: Traces, forks, answers: Answers, scores: Scores, credit: Credit, count
 ):
-    """The first trace of some problems: the text of every block with its advantage, and the answers at its end."""
+    """The first trace of some problems: the text of every block, its advantage and progress, the answers at its end.
+
+    `regret` is the trace's sum of 1 - J over the cuts.
+    """
     size, group = forks.shape[-1], settings.rollout.group_size
+    credit = credits.with_start(credit)
+    pooled = jax.device_get(_pooled_accuracy(scores.correct, forks.reshape(scores.correct.shape[:3])))[:, 0]
     decode = settings.tokenizer.decode
     forks = forks.reshape(scores.correct.shape[:3])
     found = []
@@ -100,10 +151,12 @@ def samples(
         for s in range(size):
             begin, end = (0 if s == 0 else int(forks[b, 0, s - 1])), int(forks[b, 0, s])
             forced = int(answers.forced[row, s])
+            gain = float(pooled[b, s] - pooled[b, s - 1]) if s else None
             blocks.append(
                 {
                     "tokens": f"{begin}-{end}",
                     "advantage": float(credit.trace_advantage[b, 0, s]) if credit.block_mask[b, 0, s] else None,
+                    "progress": gain,
                     "text": decode(traces.tokens[row, begin:end].tolist()),
                     "answers": [
                         decode(answers.tokens[row, s, a, forced : answers.length[row, s, a]].tolist())
@@ -113,11 +166,13 @@ def samples(
                 }
             )
         problem = problems[b]
-        found.append({"prompt": problem.prompt, "reference": list(problem.answers), "blocks": blocks})
+        regret = float((1.0 - pooled[b, int(settings.credit.start) :]).sum())
+        found.append({"prompt": problem.prompt, "reference": list(problem.answers), "regret": regret, "blocks": blocks})
     return found
 
 
 _overthinking_rate = jax.jit(anytime.overthinking_rate)
+_pooled_accuracy = jax.jit(anytime.pooled_accuracy)
 
 
 def _mean_of_known(values):

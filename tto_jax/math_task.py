@@ -33,6 +33,10 @@ class MathTask:
         graded = extract.graded_text(self.prompting.paragraph + text, self.prompting.paragraph)
         return None if graded is None else extract.last_boxed(graded)
 
+    def reference(self, problem: Problem) -> str:
+        """The first of the problem's answers, in a box."""
+        return f"\\boxed{{{problem.answers[0]}}}"
+
     def judge(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """Right if equal to any of the problem's answers; formatted if there is a box. Hangs and crashes are wrong."""
         answers = [self.extract(text) for text, _ in items]

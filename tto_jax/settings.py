@@ -9,21 +9,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from tto_jax import data, inputs, sharding
+from tto_jax import data, episodes, inputs, sharding
 from tto_jax.core import token_tree
 from tto_jax.core.budgets import BudgetSchedule
-from tto_jax.core.credit import ANSWERS, GROUP_ONLY, Estimator
+from tto_jax.core.credit import ANSWERS, GROUP_ONLY, NEEDS_START, Estimator
 from tto_jax.core.losses import released_constant
 from tto_jax.core.sampling import SampleConfig
+from tto_jax.episodes import Episodes
 from tto_jax.kernels import branch_decode, tree_attention
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.models.config import ModelConfig
-from tto_jax.rollout import RolloutConfig
+from tto_jax.rollout import Cuts, RolloutConfig
 from tto_jax.tasks import Task
 from tto_jax.tokenizer import Tokenizer
 
 ANSWER_WEIGHTS = ("code", "paper")
+VALUES = ("scores", "reference")
 NORMALIZERS = ("constant", "released")
 AT_LEAST_ONE = (
     *("steps", "rollout.problems", "learner.tokens_per_row", "evaluation.every", "evaluation.final_problems"),
@@ -41,6 +44,10 @@ class CreditConfig:
     answer_weight: str
     length_penalty: float
     one_token_answers: bool  # how answers are packed, see core.token_tree
+    fork_values: str = "scores"  # of a fork: the mean score of its answers, or the probability of the reference answer
+    baseline_fit: float = 0.0  # decay a step of the regression baseline's normal equations; 0: no such baseline
+    baseline_ridge: float = 1.0
+    start: bool = False  # the first column of a trace is the fork 0: answers before any thinking
 
     def __post_init__(self):
         if self.answers not in ANSWERS:
@@ -50,9 +57,28 @@ class CreditConfig:
         if not 0 <= self.length_penalty <= 1:
             raise ValueError(f"credit.length_penalty={self.length_penalty}: the coefficient lies in [0, 1]; choose 0.2")
 
+        if self.fork_values not in VALUES:
+            raise ValueError(f"credit.fork_values={self.fork_values!r} is unknown: choose one of {VALUES}")
+        if not (0 <= self.baseline_fit <= 1 and self.baseline_ridge > 0):
+            raise ValueError(
+                f"credit.baseline_fit={self.baseline_fit}, baseline_ridge={self.baseline_ridge}: the decay lies in "
+                "[0, 1], the ridge is positive; choose 0.9 and 1.0, or 0 for no fit"
+            )
+        if self.baseline_fit and not (self.estimator.kind == "brpo" and self.estimator.leave_one_out):
+            raise ValueError(
+                f"credit.baseline_fit={self.baseline_fit} with estimator {self.estimator.kind!r}, "
+                f"leave_one_out={self.estimator.leave_one_out}: the regression replaces the baseline of 'brpo', "
+                "without bias only where a group's mean leaves its own trace out: choose 'brpo' and leave_one_out=True"
+            )
+
     def answer_weights(self, schedule: BudgetSchedule, answers: int) -> jax.Array:
-        """f32[S]: P_j / A (the paper's eq. 10) or 1 (the released code)."""
-        return schedule.weights / answers if self.answer_weight == "paper" else jnp.ones(schedule.size)
+        """f32[S], one more before them for the start: P_j / A (the paper's eq. 10; 1 / (S A) for the start, which has
+        no prior) or 1 (the released code).
+        """
+        if self.answer_weight == "code":
+            return jnp.ones(schedule.size + self.start)
+        first = jnp.full(int(self.start), 1 / schedule.size)
+        return jnp.concatenate([first, schedule.weights]) / answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +99,28 @@ class Settings:
     optimizer: OptimizerConfig
     schedule: BudgetSchedule
     credit: CreditConfig
+    episodes: Episodes | None = None  # where traces are cut, instead of at the budgets
 
     @property
     def rows(self) -> int:
         """N = B*G."""
         return self.problems * self.rollout.group_size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the S cuts: their tokens; or the episodes that they end, from 1."""
+        if self.schedule.tokens is None:
+            return tuple(f"episode_{number}" for number in range(1, self.schedule.size + 1))
+        return tuple(str(tokens) for tokens in np.asarray(self.schedule.tokens).tolist())
+
+    @property
+    def columns(self) -> int:
+        """Forks of a trace: S, and one more where answers are forced before any thinking."""
+        return self.schedule.size + self.credit.start
+
+    def cuts(self, schedule: BudgetSchedule) -> Cuts:
+        """Where traces are cut; schedule: this one, on the devices."""
+        return Cuts(schedule, self.credit.start, self.episodes)
 
     @property
     def answer_pad(self) -> int:
@@ -128,7 +171,7 @@ class Settings:
 
     def kv_bytes(self) -> int:
         """Bytes of KV that a rollout holds at most: prompts, traces or slots, inserted tokens and answers."""
-        tokens = self.rollout.kv_tokens(self.problems, self.prompt_pad, self.schedule.size)
+        tokens = self.rollout.kv_tokens(self.problems, self.prompt_pad, self.columns)
         width = jnp.dtype(self.model.dtype).itemsize * self.model.num_kv_heads * self.model.kv_copies
         return 2 * self.model.num_layers * tokens * width * self.model.head_dim
 
@@ -165,6 +208,9 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         )
     task, tokenizer, model = inputs.resolve(config, need_model)
     schedule = BudgetSchedule.from_prior(config.budgets.tokens, config.budgets.prior)
+    cut_by = episodes.of_section(config.episodes.to_dict(), tokenizer, int(config.budgets.tokens[-1]))
+    if cut_by is not None:
+        schedule = _episode_prior(config.budgets.prior, cut_by.size)
     rollout = RolloutConfig(
         group_size=config.rollout.group_size,
         trace_pad=int(config.budgets.tokens[-1]),
@@ -190,7 +236,7 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         tokenizer=tokenizer,
         model=model,
         rollout=rollout,
-        loss=_loss(config, rollout, schedule.size, task.max_prompt_tokens),
+        loss=_loss(config, rollout, schedule.size + config.rollout.start, task.max_prompt_tokens),
         optimizer=OptimizerConfig(
             **config.learner.optimizer.to_dict(), decay_steps=config.steps * config.learner.minibatches
         ),
@@ -200,11 +246,27 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
             answers=config.credit.answers,
             answer_weight=config.credit.answer_weight,
             length_penalty=config.credit.length_penalty,
+            fork_values=config.credit.fork_values,
+            baseline_fit=config.credit.baseline_fit,
+            baseline_ridge=config.credit.baseline_ridge,
             one_token_answers=rollout.answer_cap == 1,
+            start=config.rollout.start,
         ),
+        episodes=cut_by,
     )
     _check(settings, config)
     return settings
+
+
+def _episode_prior(prior, size) -> BudgetSchedule:
+    """Over S episodes, which have no tokens to be weighted by."""
+    if isinstance(prior, str):
+        if prior not in ("uniform", "base"):
+            raise ValueError(f"budgets.prior={prior!r} over episodes: choose 'uniform', 'base', or {size} weights")
+        return BudgetSchedule.from_weights([float(prior == "uniform")] * (size - 1) + [1.0])
+    if len(prior) != size:
+        raise ValueError(f"budgets.prior={prior!r} over {size} episodes: choose 'uniform', 'base', or {size} weights")
+    return BudgetSchedule.from_weights(prior)
 
 
 def _loss(config, rollout, size, prompt_pad):
@@ -270,10 +332,11 @@ def _check(settings: Settings, config) -> None:
             raise ValueError(f"{name}={seed}: seeds lie in [0, 2**32)")
     if settings.rollout.group_size == 1 and kind in GROUP_ONLY:
         raise ValueError(f"rollout.group_size=1 with {kind!r}: every advantage would be zero; choose 2 or more")
-    if kind == "progress_gae":
+    if settings.rollout.group_size == 1 and settings.credit.baseline_fit:
+        raise ValueError("rollout.group_size=1 with credit.baseline_fit: a trace has no others; choose 2 or more")
+    if kind in NEEDS_START and not settings.credit.start:
         raise ValueError(
-            "credit.estimator.kind='progress_gae' needs scores before any thinking, which this page does not sample; "
-            "choose 'mrt'"
+            f"credit.estimator.kind={kind!r} needs scores before any thinking: choose rollout.start=True, or 'mrt'"
         )
     if not inputs.is_pretrained(config):
         _check_warm_start(config, settings)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tto_jax.core import anytime, progress
+from tto_jax.core.types import Array
 from tto_jax.evaluation import Evaluation
 
 RESAMPLES = 2000
@@ -121,11 +122,16 @@ def _regret(result: Evaluation, limits: tuple[int, ...]) -> np.ndarray:
     """
     before = result.prompt_length[:, None, None] + result.forks
     after = result.answer_length + result.inserted[..., None]
-    return np.asarray(_regrets(result.correct, result.forks, before, after, np.array(limits, np.float32)))
+    return np.asarray(regrets(result.correct, result.forks, before, after, np.array(limits, np.float32)))
 
 
 @jax.jit
-def _regrets(correct, forks, before, after, limits):
+def regrets(correct: Array, forks: Array, before: Array, after: Array, limits: Array) -> jax.Array:
+    """Normalised regret of each trace, the mean over traces: f32[B, C].
+
+    correct f32[B, n, S, A]; forks i32[B, n, S]; before i32[B, n, S], tokens of the prompt and the trace up to a fork;
+    after i32[B, n, S, A], tokens inserted and sampled behind it; limits f32[C] in tokens.
+    """
     of_trace = jax.vmap(jax.vmap(progress.normalized_regret, (None, None, 0)), (0, 0, None))
 
     def one(problem):

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from tto_jax import (
     checkpoint,
+    crediting,
     data,
     diagnostics,
     distributed,
@@ -29,13 +30,14 @@ from tto_jax import (
     learner,
     preemption,
     profiling,
+    reference_values,
     rollout,
     settings,
     sharding,
     throughput,
     warm_start,
 )
-from tto_jax.core import credit, rewards, token_tree
+from tto_jax.core import regression
 from tto_jax.metrics import MetricsWriter, Progress
 from tto_jax.settings import Settings
 
@@ -108,6 +110,7 @@ def train(
         initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
         opened.enter_context(sharding.use(mesh))
         schedule = sharding.put(plan.schedule)
+        cuts = plan.cuts(schedule)
         # The policy: what the last checkpoint holds, or what the run starts from.
         reference = initial if plan.loss.kl else None
         if resumed:
@@ -125,6 +128,8 @@ def train(
             done = 0
             record = {"problems": found.fingerprint, "config": config.to_dict(), "began": began, "written": [0, 0]}
             record = advanced(record, batches, {"tokens": 0, "seconds": 0.0}, evaluated=False)
+            if plan.credit.baseline_fit:
+                record["baseline_fit"] = regression.as_lists(regression.nothing(plan.schedule.size))
         del initial, resumed
         writer = opened.enter_context(MetricsWriter(workdir, record["written"]))
         progress = opened.enter_context(Progress(plan.steps, initial=done))
@@ -145,6 +150,7 @@ def train(
                 batch = next(batches)
                 prompts = sharding.put_rows(batch.prompts)
                 key = sharding.put(jax.random.fold_in(jax.random.key(plan.seed), step))
+                coef = crediting.fitted_baseline(plan, record)
                 clock.mark("data", prompts)
 
                 # Nothing crosses between host and device but what is named: a transfer by accident is an error.
@@ -153,10 +159,10 @@ def train(
                     # Awaited: another program in flight beside its gathers could meet them in another order elsewhere.
                     weights = jax.block_until_ready(rollout.weights(plan.model, state.params))
                     if step == start + 1:  # no length that comes later compiles anything
-                        rollout.compile_all(plan.model, plan.rollout, weights, prompts, key, schedule)
+                        rollout.compile_all(plan.model, plan.rollout, weights, prompts, key, cuts)
                     poll = functools.partial(stop.check, "think")
                     traces, forks, answers, stats = rollout.sample(
-                        plan.model, plan.rollout, weights, prompts, key, schedule, poll=poll
+                        plan.model, plan.rollout, weights, prompts, key, cuts, poll=poll
                     )
                     clock.mark("think", answers), clock.mark("answer")  # `stats` knows how the time was shared
                     del weights  # the update needs the room
@@ -167,8 +173,13 @@ def train(
                     scores = graded.scores
                     clock.mark("grade")
                     correct = sharding.put_rows(scores.correct)
-                    rows, earned, baselines = credit_and_pack(
-                        plan.credit, schedule, prompts, traces, answers, forks, correct
+                    values = None
+                    if plan.credit.fork_values == "reference":
+                        values = reference_values.values(
+                            plan, state.params, batch.problems, prompts, traces, forks, answers
+                        )
+                    rows, earned, baselines, sums = crediting.credit_and_pack(
+                        plan.credit, schedule, prompts, traces, answers, forks, correct, coef, values
                     )
                     clock.mark("credit", rows)
 
@@ -185,18 +196,21 @@ def train(
                         state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
                         updates.append(update)
                     clock.mark("update", state, may_stop=False)
-                    updates, token_metrics = jax.device_get((updates, diagnostics.token_metrics(rows, old, entropy)))
+                    tokens = diagnostics.token_metrics(rows, old, entropy)
+                    updates, token_metrics, sums = jax.device_get((updates, tokens, sums))
                     local = sharding.local_rows((earned, baselines))
 
                 # Say what happened, on all processes together.
                 earned, baselines = sharding.gather(local)
                 everywhere = sharding.gather((scores, seen[0].length, seen[0].ended, seen[1]))
+                lengths = sharding.gather((batch.prompts.length, seen[2].length))
                 counts = graded.counts() | throughput.step_flops(plan, batch.prompts.length, *seen)
                 counts = sharding.gather({name: np.array([number]) for name, number in counts.items()})
                 sampled = int(token_metrics.pop("tokens"))
                 totals = record["totals"]
                 totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
-                row = diagnostics.rollout_metrics(*everywhere, np.asarray(plan.schedule.tokens))
+                row = diagnostics.rollout_metrics(*everywhere, plan.names, plan.credit.start)
+                row |= diagnostics.progress_metrics(everywhere[0].correct, everywhere[3], *lengths, plan)
                 row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
                 row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
                 row |= stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
@@ -211,6 +225,7 @@ def train(
                 clock.close()
                 due = step % config.evaluation.every == 0
                 done, record = step, advanced(record, batches, totals, evaluated=not due)
+                record = crediting.with_batch(plan, record, sums)
                 stop.check("update")
                 if due:
                     record = evaluate_row(config, plan, held_out, state.params, writer, step, record, stop)
@@ -230,7 +245,8 @@ def advanced(record: dict, batches, totals: dict, evaluated: bool) -> dict:
     problems: what the data's `cursor` points into. config: the experiment, whose seed and a step's number make all its
     keys. began: when the run did (Unix time).
     totals: tokens that were sampled and seconds of steps, of those that count. evaluated: whether the evaluation of
-    this step is done. written: how many rows and samples were, known when it is saved.
+    this step is done. written: how many rows and samples were, known when it is saved. baseline_fit: the sums that the
+    regression baseline is fitted to, where there is one.
     """
     return record | {"cursor": batches.get_state(), "totals": totals, "evaluated": evaluated}
 
@@ -251,23 +267,6 @@ def resumable(plan: Settings) -> tuple[str, ...]:
     steps = () if plan.optimizer.schedule == "cosine" else ("steps",)
     machine = ("mesh", "learner.micro_rows", "rollout.segment")
     return (*steps, *machine, "evaluation", "checkpoint", "log", "warm_start.cache", "data.eval", "task.verifier")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def credit_and_pack(config, schedule, prompts, traces, answers, forks, correct):
-    """Scores f32[B,G,S,A] -> packed rows, credit and the baselines for the metrics."""
-    group = correct.shape[:2]
-    by_trace = forks.reshape(*group, -1)
-    if config.length_penalty:
-        correct = rewards.length_penalty(
-            correct, traces.length.reshape(group), traces.tokens.shape[1], config.length_penalty
-        )
-    with jax.named_scope("credit"):
-        earned = credit.assign(correct, by_trace, schedule, config.estimator, config.answers)
-    weight = config.answer_weights(schedule, correct.shape[-1])
-    with jax.named_scope("pack"):
-        rows = token_tree.pack(prompts, traces, answers, forks, earned, weight, config.one_token_answers)
-    return rows, earned, credit.baselines(correct, by_trace, schedule, config.estimator.decay)
 
 
 @functools.partial(jax.profiler.annotate_function, name="evaluation")
@@ -303,14 +302,16 @@ def describe(plan: Settings) -> str:
     count = sum(x.size for x in jax.tree.leaves(params))
     inserted = f"{len(plan.rollout.elicit_ended)} or {len(plan.rollout.elicit_cut)} tokens inserted before an answer"
     absent = "" if plan.tokenizer.hf else "; by the configuration, as init is empty: it was not checked with a model"
+    cut = f"up to {plan.rollout.trace_pad} tokens, cut into {plan.schedule.size} episodes: {plan.episodes}"
+    if plan.schedule.tokens is not None:
+        cut = f"{np.asarray(plan.schedule.tokens).tolist()} tokens"
     lines = {
         "task": plan.task,
         "tokens": f"prompts up to {plan.prompt_pad}, {inserted}, answers up to {plan.rollout.answer_cap}{absent}",
         "model": f"{count:,} parameters (float32), computed in {plan.model.dtype}",
-        "budgets": f"{np.asarray(plan.schedule.tokens).tolist()} tokens, "
-        f"prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
+        "budgets": f"{cut}, prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
         "credit": f"{plan.credit}",
-        "rollout": f"{plan.problems} problems x {plan.rollout.group_size} traces x {plan.schedule.size} forks x "
+        "rollout": f"{plan.problems} problems x {plan.rollout.group_size} traces x {plan.columns} forks x "
         f"{plan.rollout.answers} answers, {plan.rollout.slots or plan.rows} traces at a time; {plan.kv_bytes():,} "
         f"bytes of KV cache, split over mesh {plan.mesh}",
         "update": f"{plan.minibatches} minibatches of {plan.rows // plan.minibatches} rows of "

@@ -230,16 +230,35 @@ def mrt_credit(r, progress, reached, alpha, leave_one_out, std):
     return result
 
 
-def progress_gae_credit(progress, weights, gamma):
-    """A[s] = sum_{k >= s} gamma^(k-s) tail[k] progress[k]."""
-    tail = tails(weights)
+def normalised(column):
+    """(x - mean) / (sample deviation + 1e-6)."""
+    mean = sum(column) / len(column)
+    return [(value - mean) / (sample_std(column) + 1e-6) for value in column]
+
+
+def continuation_credit(kind, r, J, start, first, alpha, leave_one_out):
+    """MRT's RL: (one advantage a trace that continues, one a sample that ended at once; None where it is as usual)."""
+    final = [row[-1] for row in r]
+    if kind == "mrt_termination":
+        return [value - first for value in final], None
+    if kind == "mrt_joint":
+        both = normalised(final + [float(score) for score in start])
+        return both[: len(final)], both[len(final) :]
+    reward = [value + alpha * (row[0] - first) for value, row in zip(final, J)]
+    std = sample_std(reward) + 1e-6
+    return [(reward[g] - mean_for(g, reward, leave_one_out)) / std for g in range(len(reward))], None
+
+
+def progress_gae_credit(progress, weights, gamma, progress_weights):
+    """A[s] = sum_{k >= s} gamma^(k-s) c[k] progress[k]."""
+    c = tails(weights) if progress_weights == "tail" else [1.0] * len(weights)
     result = []
     for g in range(len(progress)):
         row = []
         for s in range(len(weights)):
             total = 0.0
             for k in range(s, len(weights)):
-                total += gamma ** (k - s) * tail[k] * progress[g][k]
+                total += gamma ** (k - s) * c[k] * progress[g][k]
             row.append(total)
         result.append(row)
     return result
@@ -303,12 +322,14 @@ def assign_one(
     decay=0.5,
     alpha=1.0,
     gamma=1.0,
+    progress_weights="tail",
     leave_one_out=False,
     std=False,
     start=None,
     values=None,
     scored=None,
     coef=None,
+    start_value=None,
 ):
     """Credit of one problem as nested lists: trace [G,S], answer [G,S,A], mask [G,S], start [A0] or None."""
     G, S = len(correct), len(correct[0])
@@ -318,33 +339,39 @@ def assign_one(
     if start is not None:
         for score in start:
             first += float(score) / len(start)
+    first = first if start_value is None else float(start_value)
     raw = column_means(correct)
     if values is not None:
         raw = [[float(values[g][s]) for s in range(S)] for g in range(G)]
     r = carry(raw, scored, first)
     progress = progress_of(pooled_values(raw, forks, scored, first), first)
     reached = [block_mask(forks[g]) for g in range(G)]
-    if kind in ("grpo", "rloo"):
+    ended = None
+    if kind in ("mrt_termination", "mrt_joint", "mrt_explicit"):
+        pooled = pooled_values(raw, forks, scored, first)
+        each, ended = continuation_credit(kind, r, pooled, start, first, alpha, leave_one_out)
+        trace = [[value] * S for value in each]
+    elif kind in ("grpo", "rloo"):
         trace = final_score_credit(r, leave_one_out or kind == "rloo", std)
     elif kind == "mrt":
         trace = mrt_credit(r, progress, reached, alpha, leave_one_out, std)
     elif kind == "progress_gae":
-        trace = progress_gae_credit(progress, weights, gamma)
+        trace = progress_gae_credit(progress, weights, gamma, progress_weights)
     else:
         trace = budget_relative_credit(r, weights, kind, decay, leave_one_out, coef)
     return {
         "trace_advantage": trace,
         "answer_advantage": answer_credit(correct, forks, scored, answers),
         "block_mask": reached,
-        "start_advantage": None if start is None else start_credit(start, answers),
+        "start_advantage": ended or (None if start is None else start_credit(start, answers)),
     }
 
 
-def assign(correct, forks, weights, *, start=None, values=None, scored=None, **options):
+def assign(correct, forks, weights, *, start=None, values=None, scored=None, start_value=None, **options):
     """`assign_one` for every problem of a batch, as arrays."""
     problems = []
     for b in range(len(correct)):
-        own = {"start": start, "values": values, "scored": scored}
+        own = {"start": start, "values": values, "scored": scored, "start_value": start_value}
         own = {name: None if array is None else array[b] for name, array in own.items()}
         problems.append(assign_one(correct[b], forks[b], weights, **own, **options))
     return {
@@ -485,4 +512,5 @@ def random_batch(rng, B, G, S, A, start_answers=3):
         "scored": scored,
         "scored_by_fork": np.take_along_axis(scored, first, -1),
         "coef": rng.normal(size=(S, 3)).astype(np.float32),
+        "start_value": rng.normal(size=B).astype(np.float32),
     }

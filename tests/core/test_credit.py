@@ -23,7 +23,7 @@ SHAPES = [
     (1, 16, 8, 5),
 ]
 SEEDS = 5
-NEEDS_GROUP = ("grpo", "rloo", "mrt")
+NEEDS_GROUP = ("grpo", "rloo", "mrt", "mrt_explicit")
 # One entry: estimator fields, arrays passed beside the scores, mode of the answers.
 CASES = [
     ({"kind": "grpo"}, ("start",), "brpo"),
@@ -46,6 +46,15 @@ CASES = [
     ({"kind": "progress_gae"}, ("start",), "brpo"),
     ({"kind": "progress_gae", "gamma": 0.6}, ("start", "scored_by_fork"), "grpo"),
     ({"kind": "progress_gae", "gamma": 0.0}, ("start", "values", "scored_by_fork"), "brpo"),
+    ({"kind": "progress_gae", "gamma": 0.3, "progress_weights": "ones"}, ("start",), "none"),
+    ({"kind": "progress_gae", "gamma": 0.5}, ("start", "start_value", "values"), "brpo"),
+    ({"kind": "mrt"}, ("start_value", "values"), "brpo"),
+    ({"kind": "mrt_termination"}, ("start", "scored"), "brpo"),
+    ({"kind": "mrt_termination"}, ("start", "start_value", "values"), "grpo"),
+    ({"kind": "mrt_joint"}, ("start",), "none"),
+    ({"kind": "mrt_joint"}, ("start", "values"), "brpo"),
+    ({"kind": "mrt_explicit", "alpha": 0.6}, ("start",), "brpo"),
+    ({"kind": "mrt_explicit", "leave_one_out": True}, ("start", "start_value", "values"), "grpo"),
 ]
 
 
@@ -118,7 +127,7 @@ def test_door_equals_oracle(shape):
         results = jitted(BudgetSchedule.from_weights(batch["weights"]), batch)
         for actual, case in zip(results, cases):
             expected = expect(batch, *case)
-            if case[0].get("std"):
+            if case[0].get("std") or case[0]["kind"] in ("mrt_joint", "mrt_explicit"):
                 actual = without_ties(actual, expected)
             assert_credit(actual, expected, (case, seed))
 
@@ -133,7 +142,7 @@ def test_eager_equals_oracle():
         assert_credit(actual, expect(batch, *case), case)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae"])
+@pytest.mark.parametrize("kind", credit.KINDS)
 def test_name_means_the_default_estimator(kind):
     batch = oracles.random_batch(np.random.default_rng(1), 2, 3, 4, 2)
     schedule = BudgetSchedule.from_weights(batch["weights"])

@@ -9,7 +9,10 @@ import pytest
 from tto_jax.core import credit
 from tto_jax.core.budgets import BudgetSchedule
 
-KINDS = ("grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae")
+KINDS = (
+    *("grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae"),
+    *("mrt_termination", "mrt_joint", "mrt_explicit"),
+)
 B, G, S, A = 2, 3, 4, 2
 
 
@@ -107,7 +110,7 @@ def test_one_trace_where_a_group_is_needed(kind):
     has_words(message, "brpo", "prefix", "none")  # what works with one trace
 
 
-@pytest.mark.parametrize("kind", ["brpo", "prefix", "group", "none", "progress_gae"])
+@pytest.mark.parametrize("kind", ["brpo", "prefix", "group", "none", "progress_gae", "mrt_termination", "mrt_joint"])
 def test_one_trace_where_it_is_legal(kind):
     kwargs = arguments(correct=np.zeros((B, 1, S, A), np.float32), forks=np.ones((B, 1, S), np.int32))
     arrays = {name: kwargs[name] for name in ("correct", "forks", "schedule")}
@@ -115,11 +118,12 @@ def test_one_trace_where_it_is_legal(kind):
     assert result.trace_advantage.shape == (B, 1, S)
 
 
-def test_progress_gae_without_start():
-    has_words(assign_refusal(estimator="progress_gae"), "progress_gae", "start")
+@pytest.mark.parametrize("kind", ["progress_gae", "mrt_termination", "mrt_joint", "mrt_explicit"])
+def test_kinds_that_need_start(kind):
+    has_words(assign_refusal(estimator=kind), kind, "start")
 
 
-@pytest.mark.parametrize("kind", ["brpo", "prefix", "group", "none", "progress_gae"])
+@pytest.mark.parametrize("kind", ["brpo", "prefix", "group", "none", "progress_gae", "mrt_joint", "mrt_explicit"])
 def test_std_on_a_kind_that_has_none(kind):
     def door():
         return credit.assign(

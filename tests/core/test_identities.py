@@ -11,7 +11,7 @@ import pytest
 from tto_jax.core import credit, losses, progress
 from tto_jax.core.budgets import BudgetSchedule
 
-KINDS = ("grpo", "rloo", "brpo", "prefix", "group", "none", "mrt", "progress_gae")
+KINDS = credit.KINDS
 B, G, S, A = 2, 4, 5, 3
 
 
@@ -97,7 +97,7 @@ def test_permuting_answers_changes_no_trace_advantage(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "brpo", "group", "mrt", "progress_gae"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "brpo", "group", "mrt", *credit.NEEDS_START])
 def test_shifting_every_score_changes_nothing(kind):
     """A baseline exists to remove what all scores share."""
     batch, schedule = batch_of(5)
@@ -170,6 +170,16 @@ def test_progress_gae_undiscounted_with_base_prior_is_potential_shaping():
     J, first = pooled(batch)
     before = np.concatenate([np.broadcast_to(first[:, None, None], (B, G, 1)), J[:, :, :-1]], axis=2)
     np.testing.assert_allclose(advantage, J[:, :, -1:] - before, atol=5e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_progress_of_weight_one_does_not_know_the_prior(gamma):
+    """MRT's progress and potential-based shaping: those of the prior `base`, whatever the prior."""
+    batch, schedule = batch_of(12)
+    base = BudgetSchedule.from_prior(tokens=range(10, 10 * S + 1, 10), prior="base")
+    ones = credit.Estimator("progress_gae", gamma=gamma, progress_weights="ones")
+    expected = trace_advantage(batch, base, credit.Estimator("progress_gae", gamma=gamma))
+    np.testing.assert_allclose(trace_advantage(batch, schedule, ones), expected, atol=1e-6)
 
 
 def test_regression_baseline_with_brpo_coefficients_is_brpo():

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tto_jax import sharding
-from tto_jax.core import budgets
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.types import Answers, Array, Prompts, Traces
 from tto_jax.models import decoding
@@ -18,9 +17,10 @@ from tto_jax.models.config import ModelConfig
 from tto_jax.rollout import slots as slots_of
 from tto_jax.rollout.answering import answer
 from tto_jax.rollout.config import RolloutConfig
+from tto_jax.rollout.cuts import Cuts
 from tto_jax.rollout.schedule import Scheduler
 from tto_jax.rollout.stats import RolloutStats, Watch
-from tto_jax.rollout.thinking import Trunk, Waiting, Weights, start, think, think_all
+from tto_jax.rollout.thinking import Trunk, Waiting, Weights, start, think, think_all, traces_of
 
 Rollout = tuple[Traces, Array, Answers, RolloutStats]
 
@@ -31,15 +31,16 @@ def sample(
     weights: Weights,
     prompts: Prompts,
     key: Array,
-    schedule: BudgetSchedule,
+    cuts: Cuts | BudgetSchedule,
     first_trace: int = 0,
     poll: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rollout:
-    """G traces of each problem, and answers at the budgets of the schedule from the cached traces.
+    """G traces of each problem, and answers where they are cut, from the cached traces.
 
     Args:
       weights: of `rollout.weights`, or parameters. prompts: B rows. key: holds the seed and the step.
+      cuts: where; a schedule alone cuts at its budgets.
       first_trace: number of each problem's first trace: many traces can be sampled in parts.
       poll: called between segments; what it raises ends the rollout.
       clock: seconds, for the statistics.
@@ -54,7 +55,7 @@ def sample(
     per_part = config.check(prompts.length.shape[0], _parts())
     watch, first = Watch(clock), sharding.put(np.int32(first_trace))
     run = _in_slots if per_part else _all_at_once
-    results, counts = run(model, config, weights, prompts, key, schedule, first, poll, watch)
+    results, counts = run(model, config, weights, prompts, key, _cuts(cuts), first, poll, watch)
     tokens = jax.device_get(_tokens(results[0].length, results[2]))
     return *results, _stats(counts, tokens, watch)
 
@@ -65,36 +66,38 @@ def compile_all(
     weights: Weights,
     prompts: Prompts,
     key: Array,
-    schedule: BudgetSchedule,
+    cuts: Cuts | BudgetSchedule,
 ) -> int:
     """Compile every program that `sample` may call with arrays of these shapes; returns how many calls that took.
 
     Nothing is decoded: loops run no step. Prompts are prefilled.
     """
-    number = 0
+    number, cuts = 0, _cuts(cuts)
     first, none = sharding.put(np.int32(0)), sharding.put(np.int32(0))
     if config.check(prompts.length.shape[0], _parts()):
-        source, held, results = slots_of.open_slots(model, config, weights, prompts, key, first, schedule.size)
+        source, held, results = slots_of.open_slots(model, config, weights, prompts, key, first, cuts.size)
         plan = Scheduler(config, prompts.length.shape[0], _parts())
         held = slots_of.admit(model, config, source, held, _row_array(np.full_like(plan.slots, -1)))
         waiting = Waiting(occupied=_row_array(plan.slots >= 0, flat=False), limit=sharding.put(np.int32(1)))
         empty = tuple(_row_array(np.full((plan.parts, plan.lanes), value)) for value in (0, -1))
         for bucket in config.buckets:
             held, _ = _think_in_slots(model, config, weights, held, none, waiting, bucket)
-            results, _ = slots_of.answer_slots(model, config, weights, held, results, schedule, *empty, bucket=bucket)
+            results, _ = _answer_in_slots(model, config, weights, held, results, cuts, *empty, bucket=bucket)
             number += 2
         traces, answers = results.traces, results.answers
-        number += 2
+        number += 4
     else:
         skip = sharding.put(np.bool_(True))
         state, cache, keys = start(model, config, weights, prompts, key, first)
         for bucket in config.buckets:
             state, _ = think(model, config, weights, prompts, cache, state, keys.thinking, none, bucket=bucket)
-            _, traces, answers, _ = _cut_and_answer(
-                model, config, weights, prompts, cache, state, keys.answering, schedule, skip, bucket=bucket
+            traces = traces_of(config, state)
+            answers, _ = _answer(
+                *(model, config, weights, prompts, cache, state.cache, traces, cuts(traces), keys.answering, skip),
+                bucket=bucket,
             )
             number += 2
-        number += 1
+        number += 3
     jax.block_until_ready(_tokens(traces.length, answers))
     return number + 1
 
@@ -111,14 +114,15 @@ def _row_array(x, flat=True):
     return sharding.put(x.reshape(-1) if flat else x, sharding.ROWS)
 
 
+def _cuts(cuts):
+    return Cuts(cuts) if isinstance(cuts, BudgetSchedule) else cuts
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="bucket")
-def _cut_and_answer(model, config, weights, prompts, cache, state, keys, schedule, skip, *, bucket):
-    traces = state.traces(config)
-    forks = budgets.forks_at_budgets(traces.length, schedule)
-    trunk = Trunk(prompts=prompts, prompt_cache=cache, trace_cache=state.cache, first_trace=jnp.int32(0))
+def _answer(model, config, weights, prompts, prompt_cache, trace_cache, traces, forks, keys, skip, *, bucket):
+    trunk = Trunk(prompts=prompts, prompt_cache=prompt_cache, trace_cache=trace_cache, first_trace=jnp.int32(0))
     skip, arranged = jnp.broadcast_to(skip, traces.length.shape), decoding.arrange(model, weights)
-    answers, steps = answer(model, config, arranged, trunk, traces, forks, keys, bucket, skip)
-    return forks, traces, answers, steps
+    return answer(model, config, arranged, trunk, traces, forks, keys, bucket, skip)
 
 
 @jax.jit
@@ -128,26 +132,28 @@ def _tokens(length, answers):
     return sharding.constrain(counts)
 
 
-def _all_at_once(model, config, weights, prompts, key, schedule, first, poll, watch):
+def _all_at_once(model, config, weights, prompts, key, cuts, first, poll, watch):
     state, cache, keys = jax.block_until_ready(start(model, config, weights, prompts, key, first))
     watch.mark("prefill")
     state, seen = think_all(model, config, weights, prompts, cache, state, keys, poll)
     watch.mark("think")
     bucket = config.bucket(-(-int(seen[-1].length.max()) // config.block))
     skip = sharding.put(np.bool_(False))
-    forks, traces, answers, steps = _cut_and_answer(
-        model, config, weights, prompts, cache, state, keys.answering, schedule, skip, bucket=bucket
+    traces = traces_of(config, state)
+    forks = cuts(traces)
+    answers, steps = _answer(
+        model, config, weights, prompts, cache, state.cache, traces, forks, keys.answering, skip, bucket=bucket
     )
     branches = answers.length.size * int(jax.device_get(steps))
     watch.mark("answer")
     rows = traces.length.shape[0]
     think_steps = rows * sum(int(progress.steps) for progress in seen)
-    return (traces, forks, answers), (rows, len(seen) + 2, think_steps, branches)
+    return (traces, forks, answers), (rows, len(seen) + 4, think_steps, branches)
 
 
-def _in_slots(model, config, weights, prompts, key, schedule, first, poll, watch):
+def _in_slots(model, config, weights, prompts, key, cuts, first, poll, watch):
     plan = Scheduler(config, prompts.length.shape[0], _parts())
-    opened = slots_of.open_slots(model, config, weights, prompts, key, first, schedule.size)
+    opened = slots_of.open_slots(model, config, weights, prompts, key, first, cuts.size)
     source, held, results = jax.block_until_ready(opened)
     del opened
     watch.mark("prefill")
@@ -169,11 +175,11 @@ def _in_slots(model, config, weights, prompts, key, schedule, first, poll, watch
             watch.mark("think")
         while plan.answers_due():
             lanes, rows, bucket = plan.answer()
-            results, steps = slots_of.answer_slots(
-                model, config, weights, held, results, schedule, _row_array(lanes), _row_array(rows), bucket=bucket
+            results, steps = _answer_in_slots(
+                model, config, weights, held, results, cuts, _row_array(lanes), _row_array(rows), bucket=bucket
             )
-            branches = lanes.size * schedule.size * config.answers
-            calls, answer_steps = calls + 1, answer_steps + branches * int(jax.device_get(steps))
+            branches = lanes.size * cuts.size * config.answers
+            calls, answer_steps = calls + 3, answer_steps + branches * int(jax.device_get(steps))
             watch.mark("answer")
         if not plan.finished:
             poll()
@@ -195,6 +201,12 @@ def _think_in_slots(model, config, weights, held, end, waiting, bucket):
         bucket=bucket,
     )
     return dataclasses.replace(held, state=state), progress
+
+
+def _answer_in_slots(model, config, weights, held, results, cuts, lanes, rows, bucket):
+    """Cut the traces of some slots and decode their answers: the results with them, and the longest answer's tokens."""
+    forks = cuts(slots_of.traces_in(config, held, lanes, rows))
+    return slots_of.answer_slots(model, config, weights, held, results, forks, lanes, rows, bucket=bucket)
 
 
 def _stats(counts, tokens, watch) -> RolloutStats:

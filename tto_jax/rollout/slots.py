@@ -6,6 +6,7 @@ are split over the parts of a mesh in the same way, and every part works through
 crosses them. What each part does next follows from flags that every process has.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,8 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from tto_jax import sharding
-from tto_jax.core import budgets
-from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.types import Answers, Array, Prompts, Traces, pytree
 from tto_jax.models import decoding
 from tto_jax.models.cache import Cache
@@ -147,6 +146,20 @@ def _layout(tree):
     return jax.tree.map(spec, tree, is_leaf=caches)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def traces_in(config: RolloutConfig, slots: Slots, lanes: Array, rows: Array) -> Traces:
+    """The traces of some slots, `lanes` and `rows` as of `answer_slots`; empty where a lane is."""
+    traces = _taken(slots.state.traces(config), lanes)
+    return dataclasses.replace(traces, length=jnp.where(rows < 0, 0, traces.length))
+
+
+def _taken(arrays, lanes):
+    """The slots `lanes` of a tree of slots."""
+    take = lambda arrays, _axis: jax.tree.map(lambda x: jnp.take(x, arrays[1], axis=0), arrays[0])  # noqa: E731
+    layout = _layout(arrays)
+    return sharding.split(take, (arrays, lanes), (layout, P(sharding.ROWS)), layout)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="bucket", donate_argnums=4)
 def answer_slots(
     model: ModelConfig,
@@ -154,7 +167,7 @@ def answer_slots(
     weights: Weights,
     slots: Slots,
     results: Results,
-    schedule: BudgetSchedule,
+    forks: Array,
     lanes: Array,
     rows: Array,
     *,
@@ -163,6 +176,7 @@ def answer_slots(
     """Decode the answers of some slots' traces and store both with the results.
 
     Args:
+      forks: i32[lanes,S], of their traces.
       lanes: i32[lanes], slots within their part. rows: i32[lanes], the traces in them within their part; -1: no trace,
         the lane stays empty.
       bucket: static, see `sample_answers`.
@@ -173,11 +187,7 @@ def answer_slots(
     weights = decoding.arrange(model, weights)
     traces = slots.state.traces(config)
     held = (slots.prompts, slots.prompt_cache, slots.state.cache.first((bucket or config.blocks) * config.block))
-    taken = (*held, traces, slots.keys.answering)
-    gather = lambda arrays, _axis: jax.tree.map(lambda x: jnp.take(x, arrays[1], axis=0), arrays[0])  # noqa: E731
-    layout, per_row = _layout(taken), P(sharding.ROWS)
-    prompts, prompt_cache, cache, traces, keys = sharding.split(gather, (taken, lanes), (layout, per_row), layout)
-    forks = budgets.forks_at_budgets(traces.length, schedule)
+    prompts, prompt_cache, cache, traces, keys = _taken((*held, traces, slots.keys.answering), lanes)
     trunk = Trunk(prompts=prompts, prompt_cache=prompt_cache, trace_cache=cache, first_trace=jnp.int32(0))
     answers, steps = answer(model, config, weights, trunk, traces, forks, keys, bucket, skip=rows < 0)
 
@@ -187,5 +197,5 @@ def answer_slots(
         return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), old, new)
 
     found = Results(traces=traces, forks=forks, answers=answers)
-    specs = (_layout(results), _layout(found), per_row)
+    specs = (_layout(results), _layout(found), P(sharding.ROWS))
     return sharding.split(store, (results, found, rows), specs, _layout(results)), steps

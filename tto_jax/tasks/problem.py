@@ -52,6 +52,9 @@ class Task(Protocol):
     def max_answer_tokens(self) -> int:
         """Sampled tokens of the longest answer, EOS included."""
 
+    def reference(self, problem: Problem) -> str:
+        """The text of a right answer, as it would follow the insertion."""
+
     def judge(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """A verdict for each (text that was sampled after the insertion, its EOS left out; problem)."""
 

@@ -64,6 +64,10 @@ class WordTask(abc.ABC):
         """Problem `index` of a split; always the same one."""
         return self.sample(np.random.default_rng([self.seed, index]), split)
 
+    def reference(self, problem: Problem) -> str:
+        """The answer's words, and the EOS where answers end with one."""
+        return " ".join([*problem.answers[0].split(), *([self.eos] if self.eos else [])])
+
     def judge(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """Exact match, word by word."""
         return [
