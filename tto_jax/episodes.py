@@ -16,7 +16,7 @@ class Episodes:
     """Cuts traces into at most `size` episodes, in place of budgets: tokens i32[N,C], length i32[N] -> i32[N,size]."""
 
     size: int
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
     text_rule: Rule | None  # None: blocks of so many tokens
     block: int = 0
 

@@ -207,12 +207,12 @@ def train(
                 counts = graded.counts() | throughput.step_flops(plan, batch.prompts.length, *seen)
                 counts = sharding.gather({name: np.array([number]) for name, number in counts.items()})
                 sampled = int(token_metrics.pop("tokens"))
-                totals = record["totals"]
-                totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
                 row = diagnostics.rollout_metrics(*everywhere, plan.names, plan.credit.start)
                 row |= diagnostics.progress_metrics(everywhere[0].correct, everywhere[3], *lengths, plan)
                 row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
                 row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
+                totals = record["totals"]
+                totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
                 row |= stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
                 row |= throughput.speed(row, sampled, peak) | throughput.memory()
                 row |= throughput.goodput(record["began"], totals["seconds"])
