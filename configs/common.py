@@ -130,7 +130,11 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "seed": 0,
             "steps": 1,
             "mesh": (1, 1, 1),  # devices along data, fsdp, tensor; -1: the rest of them
-            "budgets": {"tokens": budgets if all_budgets else budgets[-1:], "prior": prior},
+            "budgets": {
+                "tokens": budgets if all_budgets else budgets[-1:],
+                "prior": prior,
+                "sampled": False,  # all but the last one are drawn anew at every step, below it
+            },
             "episodes": {  # where traces are cut instead of at all budgets but the last
                 "rule": "budgets",  # or delimiters, paragraphs, blocks
                 "most": 0,  # episodes of a trace; what follows is part of the last one; 0: as many as the rule makes
@@ -145,6 +149,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "problems": 64,
                 "group_size": 8,
                 "answers": number,
+                "resample": 0,  # most rollouts beside the first, to replace problems whose scores are all alike
                 "start": False,  # answers are forced before any thinking, too
                 "temperature": 1.0,
                 "segment": 256,
@@ -167,6 +172,10 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "answers": answers,
                 "answer_weight": "code",
                 "length_penalty": penalty,
+                "relative_length_penalty": 0.0,  # by the group's right traces, such as 0.2
+                "overlong_margin": 0,  # scores fall by up to 1 in so many tokens before the last budget; 0: off
+                "mask_overlong": False,  # thinking that the last budget has cut short is not trained
+                "serial_decay": False,  # the n-th right answer along a trace earns 2^(1-n)
             },
             "learner": {
                 "minibatches": 2,

@@ -45,6 +45,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
                 "problem_files",
                 "problem_sets",
                 "reference_values",
+                "resampling",
             )
         ),
         4,

@@ -1,5 +1,6 @@
 """From the scores of a step to its packed rows, and what the regression baseline learns from them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,6 +29,19 @@ def with_batch(plan: Settings, record: dict, sums: NormalEquations | None) -> di
     return record | {"baseline_fit": regression.as_lists(sums)}
 
 
+def shaped(config: CreditConfig, correct: Array, length: Array, most: int) -> Array:
+    """Scores f32[B,G,S,A] after the penalties of traces of `length` i32[B,G], `most` tokens at most."""
+    if config.serial_decay:
+        correct = rewards.serial_decay(correct)
+    if config.length_penalty:
+        correct = rewards.length_penalty(correct, length, most, config.length_penalty)
+    if config.relative_length_penalty:
+        correct = rewards.relative_length_penalty(correct, length, config.relative_length_penalty)
+    if config.overlong_margin:
+        correct = rewards.overlong_penalty(correct, length, most, config.overlong_margin)
+    return correct
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def credit_and_pack(
     config: CreditConfig,
@@ -52,10 +66,9 @@ def credit_and_pack(
         first["start_value"] = None if values is None else values[:, :, 0].mean(axis=1)
     by_trace, correct = forks.reshape(*group, -1)[..., config.start :], correct[:, :, config.start :]
     values = None if values is None else values[:, :, config.start :]
-    if config.length_penalty:
-        length, most = traces.length.reshape(group), traces.tokens.shape[1]
-        shorter = lambda x: rewards.length_penalty(x, length, most, config.length_penalty)  # noqa: E731
-        correct, values = shorter(correct), None if values is None else shorter(values[..., None])[..., 0]
+    length, most = traces.length.reshape(group), traces.tokens.shape[1]
+    correct = shaped(config, correct, length, most)
+    values = None if values is None else shaped(config, values[..., None], length, most)[..., 0]
     with jax.named_scope("credit"):
         earned = credit.assign(correct, by_trace, schedule, config.estimator, config.answers, values=values, **first)
         told = (correct, by_trace, schedule, config.estimator, values)
@@ -64,5 +77,8 @@ def credit_and_pack(
     with jax.named_scope("pack"):
         whole = credit.with_start(earned)
         rows = token_tree.pack(prompts, traces, answers, forks, whole, weight, config.one_token_answers)
+        if config.mask_overlong:
+            finished = (traces.ended | traces.eos)[:, None] | (rows.branch != 0)
+            rows = dataclasses.replace(rows, loss_mask=rows.loss_mask & finished)
     baselines = credit.baselines(correct, by_trace, schedule, config.estimator.decay, coef)
     return rows, earned, baselines, sharding.constrain(sums)

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from tto_jax import data, episodes, inputs, sharding
-from tto_jax.core import token_tree
+from tto_jax.core import budgets, token_tree
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.credit import ANSWERS, GROUP_ONLY, NEEDS_START, Estimator
 from tto_jax.core.losses import released_constant
@@ -25,6 +25,7 @@ from tto_jax.rollout import Cuts, RolloutConfig
 from tto_jax.tasks import Task
 from tto_jax.tokenizer import Tokenizer
 
+BUDGETS = 0xB0D6  # keeps the keys of drawn budgets apart from those of rollouts
 ANSWER_WEIGHTS = ("code", "paper")
 VALUES = ("scores", "reference")
 NORMALIZERS = ("constant", "released")
@@ -48,6 +49,10 @@ class CreditConfig:
     baseline_fit: float = 0.0  # decay a step of the regression baseline's normal equations; 0: no such baseline
     baseline_ridge: float = 1.0
     start: bool = False  # the first column of a trace is the fork 0: answers before any thinking
+    relative_length_penalty: float = 0.0
+    overlong_margin: int = 0  # tokens before the last budget in which scores fall by up to 1; 0: off
+    serial_decay: bool = False
+    mask_overlong: bool = False  # thinking that the last budget has cut short is not trained
 
     def __post_init__(self):
         if self.answers not in ANSWERS:
@@ -56,7 +61,20 @@ class CreditConfig:
             raise ValueError(f"credit.answer_weight={self.answer_weight!r} is unknown: choose one of {ANSWER_WEIGHTS}")
         if not 0 <= self.length_penalty <= 1:
             raise ValueError(f"credit.length_penalty={self.length_penalty}: the coefficient lies in [0, 1]; choose 0.2")
-
+        if not 0 <= self.relative_length_penalty < 1:
+            raise ValueError(
+                f"credit.relative_length_penalty={self.relative_length_penalty}: the coefficient lies in [0, 1); "
+                "choose 0.2"
+            )
+        if self.overlong_margin < 0:
+            raise ValueError(f"credit.overlong_margin={self.overlong_margin}: tokens, or 0 for no such penalty")
+        if self.fork_values == "reference" and (
+            self.relative_length_penalty or self.overlong_margin or self.serial_decay
+        ):
+            raise ValueError(
+                "credit.fork_values='reference' with credit.relative_length_penalty, overlong_margin or serial_decay: "
+                "these are of scores of sampled answers; choose 'scores', or credit.length_penalty"
+            )
         if self.fork_values not in VALUES:
             raise ValueError(f"credit.fork_values={self.fork_values!r} is unknown: choose one of {VALUES}")
         if not (0 <= self.baseline_fit <= 1 and self.baseline_ridge > 0):
@@ -100,6 +118,8 @@ class Settings:
     schedule: BudgetSchedule
     credit: CreditConfig
     episodes: Episodes | None = None  # where traces are cut, instead of at the budgets
+    sampled_budgets: bool = False  # all but the last one are drawn at every step
+    resample: int = 0  # rollouts beside the first, for problems in place of those whose scores are all alike
 
     @property
     def rows(self) -> int:
@@ -108,15 +128,23 @@ class Settings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the S cuts: their tokens; or the episodes that they end, from 1."""
-        if self.schedule.tokens is None:
-            return tuple(f"episode_{number}" for number in range(1, self.schedule.size + 1))
+        """Of the S cuts: their tokens; or the episodes that they end, or drawn budgets, from 1."""
+        if self.schedule.tokens is None or self.sampled_budgets:
+            name = "episode" if self.schedule.tokens is None else "budget"
+            return tuple(f"{name}_{number}" for number in range(1, self.schedule.size + 1))
         return tuple(str(tokens) for tokens in np.asarray(self.schedule.tokens).tolist())
 
     @property
     def columns(self) -> int:
         """Forks of a trace: S, and one more where answers are forced before any thinking."""
         return self.schedule.size + self.credit.start
+
+    def schedule_of(self, step: int) -> BudgetSchedule:
+        """The step's budgets, on the host's first device: the same on every process."""
+        if not self.sampled_budgets:
+            return self.schedule
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), step), BUDGETS)
+        return budgets.draw(key, self.schedule, self.rollout.trace_pad)
 
     def cuts(self, schedule: BudgetSchedule) -> Cuts:
         """Where traces are cut; schedule: this one, on the devices."""
@@ -251,8 +279,14 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
             baseline_ridge=config.credit.baseline_ridge,
             one_token_answers=rollout.answer_cap == 1,
             start=config.rollout.start,
+            relative_length_penalty=config.credit.relative_length_penalty,
+            overlong_margin=config.credit.overlong_margin,
+            serial_decay=config.credit.serial_decay,
+            mask_overlong=config.credit.mask_overlong,
         ),
         episodes=cut_by,
+        sampled_budgets=config.budgets.sampled,
+        resample=config.rollout.resample,
     )
     _check(settings, config)
     return settings
@@ -334,6 +368,15 @@ def _check(settings: Settings, config) -> None:
         raise ValueError(f"rollout.group_size=1 with {kind!r}: every advantage would be zero; choose 2 or more")
     if settings.rollout.group_size == 1 and settings.credit.baseline_fit:
         raise ValueError("rollout.group_size=1 with credit.baseline_fit: a trace has no others; choose 2 or more")
+    if settings.resample < 0:
+        raise ValueError(f"rollout.resample={settings.resample}: rollouts beside the first, 0 for none; choose 2")
+    if settings.credit.overlong_margin > settings.rollout.trace_pad:
+        raise ValueError(
+            f"credit.overlong_margin={settings.credit.overlong_margin}: it lies below the last budget, "
+            f"{settings.rollout.trace_pad} tokens"
+        )
+    if settings.sampled_budgets and settings.episodes is not None:
+        raise ValueError("budgets.sampled=True with episodes.rule: traces are cut at one or the other")
     if kind in NEEDS_START and not settings.credit.start:
         raise ValueError(
             f"credit.estimator.kind={kind!r} needs scores before any thinking: choose rollout.start=True, or 'mrt'"

@@ -31,6 +31,7 @@ from tto_jax import (
     preemption,
     profiling,
     reference_values,
+    resampling,
     rollout,
     settings,
     sharding,
@@ -109,8 +110,6 @@ def train(
             resumed = saved.restore_latest(sharding.abstract(mesh, like, plan.model.num_kv_heads))
         initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
         opened.enter_context(sharding.use(mesh))
-        schedule = sharding.put(plan.schedule)
-        cuts = plan.cuts(schedule)
         # The policy: what the last checkpoint holds, or what the run starts from.
         reference = initial if plan.loss.kl else None
         if resumed:
@@ -151,6 +150,8 @@ def train(
                 prompts = sharding.put_rows(batch.prompts)
                 key = sharding.put(jax.random.fold_in(jax.random.key(plan.seed), step))
                 coef = crediting.fitted_baseline(plan, record)
+                schedule = sharding.put(plan.schedule_of(step))
+                cuts = plan.cuts(schedule)
                 clock.mark("data", prompts)
 
                 # Nothing crosses between host and device but what is named: a transfer by accident is an error.
@@ -160,16 +161,20 @@ def train(
                     weights = jax.block_until_ready(rollout.weights(plan.model, state.params))
                     if step == start + 1:  # no length that comes later compiles anything
                         rollout.compile_all(plan.model, plan.rollout, weights, prompts, key, cuts)
-                    poll = functools.partial(stop.check, "think")
-                    traces, forks, answers, stats = rollout.sample(
-                        plan.model, plan.rollout, weights, prompts, key, cuts, poll=poll
+                    sample = functools.partial(
+                        rollout.sample, plan.model, plan.rollout, weights, poll=functools.partial(stop.check, "think")
                     )
+                    traces, forks, answers, stats = sample(prompts, key, cuts)
                     clock.mark("think", answers), clock.mark("answer")  # `stats` knows how the time was shared
-                    del weights  # the update needs the room
 
                     # Grade on the host, turn scores into credit, pack trees.
                     seen = sharding.local_rows((traces, forks, answers))
                     graded = grading.grade(plan.task, plan.tokenizer, batch.problems, *seen)
+                    resampled = {}
+                    if plan.resample:
+                        batch, seen, graded, resampled = resample(plan, batches, sample, key, cuts, batch, seen, graded)
+                        prompts, (traces, forks, answers) = sharding.put_rows((batch.prompts, seen))
+                    del weights, sample  # the update needs the room
                     scores = graded.scores
                     clock.mark("grade")
                     correct = sharding.put_rows(scores.correct)
@@ -206,14 +211,14 @@ def train(
                 lengths = sharding.gather((batch.prompts.length, seen[2].length))
                 counts = graded.counts() | throughput.step_flops(plan, batch.prompts.length, *seen)
                 counts = sharding.gather({name: np.array([number]) for name, number in counts.items()})
-                sampled = int(token_metrics.pop("tokens"))
+                sampled = int(token_metrics.pop("tokens")) + resampled.get("resample/dropped_tokens", 0)
                 row = diagnostics.rollout_metrics(*everywhere, plan.names, plan.credit.start)
                 row |= diagnostics.progress_metrics(everywhere[0].correct, everywhere[3], *lengths, plan)
                 row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
                 row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
                 totals = record["totals"]
                 totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
-                row |= stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
+                row |= resampled | stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
                 row |= throughput.speed(row, sampled, peak) | throughput.memory()
                 row |= throughput.goodput(record["began"], totals["seconds"])
                 writer.write(step, row)
@@ -237,6 +242,22 @@ def train(
             saved.wait()
             distributed.say(f"{stopped}: step {done} is saved, the same command goes on from there")
         saved.wait()  # while a notice still ends nothing
+
+
+def resample(plan, batches, sample, key, cuts, batch, seen, graded) -> tuple:
+    """Problems with signal in place of those without: the batch, its traces, forks and answers on the host, its scores,
+    and what that took.
+    """
+
+    def again():
+        batch = next(batches)
+        local = sharding.local_rows(sample(sharding.put_rows(batch.prompts), key, cuts)[:3])
+        return batch, local, grading.grade(plan.task, plan.tokenizer, batch.problems, *local).scores.correct
+
+    found = resampling.replace(batch, seen, graded.scores.correct, again, plan.resample)
+    if found.rounds:
+        graded = grading.grade(plan.task, plan.tokenizer, found.batch.problems, *found.rows)
+    return found.batch, found.rows, graded, found.metrics()
 
 
 def advanced(record: dict, batches, totals: dict, evaluated: bool) -> dict:
