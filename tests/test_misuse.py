@@ -233,6 +233,11 @@ MISUSES = (
     option("a prefix baseline of no weight", "credit.estimator.decay=0", "decay=0.0", "0 < decay <= 1", "0.5"),
     option("a discount above one", "credit.estimator.gamma=1.5", "gamma=1.5", "[0, 1]"),
     option("a penalty above one", "credit.length_penalty=2", "credit.length_penalty=2.0", "[0, 1]", "0.2"),
+    option(
+        "a whole penalty", "credit.relative_length_penalty=1", "credit.relative_length_penalty=1.0", "[0, 1)", "0.2"
+    ),
+    option("a margin of all budgets", "credit.overlong_margin=90", "credit.overlong_margin=90", "last budget", "24"),
+    option("fewer rollouts than one", "rollout.resample=-1", "rollout.resample=-1", "beside the first", "2"),
     # The update.
     option(
         "minibatches that do not divide",
