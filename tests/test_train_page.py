@@ -55,7 +55,7 @@ SMALL = {
     "rollout.problems": 4,
     "rollout.group_size": 4,
     "rollout.answers": 2,
-    "learner.micro_rows": 4,
+    "learner.micro_tokens": 200,
     "steps": STEPS,
     "evaluation.every": 2,
     "evaluation.problems": 16,
@@ -268,7 +268,7 @@ def test_equal_scores_teach_nothing(base, monkeypatch):
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_a_run_on_a_mesh_is_the_run_on_one_device(base, rows, mesh):
     """Two steps and two evaluations; the same tokens, so the same scores; sums differ by rounding."""
-    workdir = run(base / f"mesh{mesh}", mesh=mesh, steps=2, learner__micro_rows=2)
+    workdir = run(base / f"mesh{mesh}", mesh=mesh, steps=2, learner__micro_tokens=100)
     found = metrics.read_rows(workdir)
     assert [row["step"] for row in found] == [0, 1, 2, 2]
     for one, many in zip(rows, [row for row in found if "score/anytime" in row]):
