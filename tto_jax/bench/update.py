@@ -104,11 +104,11 @@ def run(shape: Shape, options: Options) -> Result:
     loaded = models.find(shape.model, shape.dtype, shape.remat, options.hf)
     model, sizes = loaded.config, shape.sizes
     if shape.buckets:
-        rows, batches, work = in_buckets(shape, model, options)
+        rows, batches, work, sized = in_buckets(shape, model, options)
     else:
         rows = tree_rows(sizes, model, shape.group) if shape.forks else plain_rows(sizes, model)
         batches = both(sizes, rows, shape.micro_tokens, options)
-        work = works(model, sizes, limits.update)
+        work, sized = works(model, sizes, limits.update), notes(model, sizes)
     trained, state = int(rows.loss_mask.sum()), Learner(model, loaded.params())
     sides = [Side(name, functools.partial(state.update, part), work[name], trained) for name, part in batches.items()]
     wanted = chosen(sides, options)
@@ -117,7 +117,7 @@ def run(shape: Shape, options: Options) -> Result:
     objectives = [side.call() for side in wanted] if len(wanted) > 1 else [0.0]
     difference = (max(objectives) - min(objectives)) / scale
     slower = ONE_BUCKET if shape.buckets else FLATTENED
-    return Result(found, ratios_to(found, {slower: OURS}), difference, TOLERANCE[shape.dtype], notes(model, sizes))
+    return Result(found, ratios_to(found, {slower: OURS}), difference, TOLERANCE[shape.dtype], sized)
 
 
 def notes(model: ModelConfig, sizes: Sizes) -> dict:
@@ -142,20 +142,20 @@ def both(sizes: Sizes, rows: TokenTree, micro_tokens: int, options: Options) -> 
     return {OURS: packed, FLATTENED: flat}
 
 
-def in_buckets(shape: Shape, model: ModelConfig, options: Options) -> tuple[TokenTree, dict[str, Batches], dict]:
-    """Trees whose traces end anywhere; the batches and the work of both sides, which is the same."""
+def in_buckets(shape: Shape, model: ModelConfig, options: Options) -> tuple[TokenTree, dict[str, Batches], dict, dict]:
+    """Trees whose traces end anywhere; the batches and the work of both sides, which is the same; notes."""
     sizes = shape.sizes
-    if not (shape.forks and shape.answers):
-        raise ValueError(
-            f"--buckets={shape.buckets}: rows of several lengths are those of trees, with forks and answers"
-        )
+    if not shape.forks:
+        raise ValueError(f"--buckets={shape.buckets}: rows of several lengths are trees: choose --shape=lengths")
     made = trees.made(sizes, model.vocab_size, shape.group, full=False)
     rows = trees.packed(sizes, *made, trees.credit_of(sizes, shape.group))
     config = loss_config(sizes, shape.micro_tokens, rows, sizes.trained, options)
     number, pairs = int((rows.tree >= 0).sum()), trees.pairs(sizes, made[1].length, made[3])
     work = limits.update(model, number, pairs, int(rows.loss_mask.sum()))
     sides = {OURS: dataclasses.replace(config, buckets=shape.buckets), ONE_BUCKET: config}
-    return rows, {name: [(config, rows)] for name, config in sides.items()}, dict.fromkeys(sides, work)
+    batches = {name: [(config, rows)] for name, config in sides.items()}
+    sized = {"parameters": limits.parameters(model), "row lengths": list(sides[OURS].lengths)}
+    return rows, batches, dict.fromkeys(sides, work), sized
 
 
 def constant(sizes: Sizes) -> float:
