@@ -185,7 +185,8 @@ def test_rows_have_what_the_page_promises(rows):
     names |= {f"{name}/{v}/{s}" for name in ("residual", "correlation") for v in ("v1", "v2", "v") for s in blocks}
     names |= {"logprob_gap/mean", "logprob_gap/max", "entropy/thinking", "entropy/answers"}
     names |= {f"loss/{name}" for name in ("total", "kl_old", "clip_fraction", "ratio_min", "ratio_max")}
-    names |= {"loss/share_thinking", "loss/share_answers", "update/grad_norm", "update/skipped"}
+    names |= {"loss/share_thinking", "loss/share_answers"}
+    names |= {f"update/{name}" for name in ("grad_norm", "skipped", "padding_share")}
     names |= {f"seconds/{phase}" for phase in ("think", "answer", "grade", "credit", "score", "update", "step")}
     names |= {"speed/tokens_per_second", "speed/mfu", "speed/goodput"}
     names |= {f"{name}/{p}" for name in ("flops", "speed/mfu") for p in ("think", "answer", "score", "update")}
@@ -210,6 +211,7 @@ def test_numbers_are_possible(rows):
         assert 1 <= row["length/mean"] <= 6
         assert 0 < row["entropy/thinking"] <= entropy and 0 < row["entropy/answers"] <= entropy
         assert 0 < row["loss/ratio_min"] <= 1 <= row["loss/ratio_max"]
+        assert 0 < row["update/padding_share"] < 1
         assert row["loss/kl_old"] >= 0 and row["update/skipped"] == 0
         assert all(-1 <= value <= 1 for k, value in row.items() if k.startswith("correlation/") and value is not None)
         # 16 traces of up to 6 tokens, 2 budgets x 2 one-token answers each.
