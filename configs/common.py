@@ -71,13 +71,13 @@ def base(variant: str, budgets: tuple[int, ...]) -> ConfigDict:
             "seed": 0,
             "steps": 1,
             "batch_size": 32,
-            "micro_rows": 8,
+            "micro_tokens": 768,
             "cache": "",  # a folder shared by runs; empty: beside the workdir
             "optimizer": optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=50, b2=0.98),
         }
     )
     config.rollout.problems = 32
-    config.learner.micro_rows = 16  # rows at a time in the backward; on a CPU they then fit in its cache
+    config.learner.micro_tokens = 1536  # at a time in the backward; on a CPU what they need fits in its cache
     config.learner.optimizer = ConfigDict(optimizer(learning_rate=1e-3, warmup_steps=5, b2=0.95))
     config.evaluation.update({"every": 20, "problems": 256, "final_problems": 1024, "answers": 8})
     config.checkpoint.every = 20
@@ -107,7 +107,8 @@ def pretrained(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
         }
     )
     config.task.prompting = prompting("anytime")
-    config.learner.micro_rows = 8
+    config.learner.buckets = 3  # where lengths are spread evenly, half of one length is padding, a quarter of three
+    config.learner.micro_tokens = 49_152
     config.evaluation.update({"final_problems": 1_000_000, "temperature": 0.6, "every": 100, "traces": 4})
     config.checkpoint.every = 50
     return config
@@ -179,7 +180,8 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             },
             "learner": {
                 "minibatches": 2,
-                "micro_rows": 0,  # rows of each part of the mesh whose gradient is computed at a time; 0: all
+                "buckets": 1,  # row lengths that are computed: even shares of the longest; each compiles a program
+                "micro_tokens": 0,  # tokens of each part of the mesh whose gradient is computed at a time; 0: all
                 "attention": "",  # kernels.tree_attention's implementation; empty: the platform's own
                 "objective": "ppo",  # or gspo, cispo
                 "clip_low": 0.2,

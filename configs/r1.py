@@ -69,7 +69,7 @@ def experiment(
     # room for the trace and 16 x (128 + 8) tokens of answers (at 16k, too: our choice). The normalizer `released` would
     # count the answers of each variant.
     config.learner.tokens_per_row = budgets[-1] + 16 * (128 + 8)
-    config.learner.micro_rows = 1  # rows are long: the prompt, the trace and all answers
+    config.learner.micro_tokens = 1024 + config.learner.tokens_per_row  # one of the longest rows, or shorter ones
     if variant == "length":
         config.credit.length_penalty = 0.2
     config.evaluation.budgets = tuple(budgets[-1] * i // 32 for i in range(1, 33))

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             "row_length": 4096,  # tokens; longer examples are left out
             "learner": {
                 "rows": 16,  # of a step
-                "micro_rows": 1,  # rows of each part of the mesh whose gradient is computed at a time; 0: all
+                "micro_tokens": 4096,  # of each part of the mesh, computed at a time: a row at least; 0: all
                 "optimizer": common.optimizer(learning_rate=1e-5, schedule="cosine", warmup_steps=10),
             },
             "evaluation": {"every": 20},

@@ -94,6 +94,16 @@ def test_update_of_trees_beside_flattened_rows(tmp_path):
     assert flat["notes"]["tokens flattened"] == 2 * ((8 + 8 + 7) + (8 + 16 + 7))
 
 
+def test_update_in_buckets_beside_one_bucket(tmp_path):
+    file = tmp_path / "update.jsonl"
+    bench.main(["update", "--shape=ci_lengths", f"--json={file}", "--repeat=1", *GIVEN])
+    ours, one = (json.loads(line) for line in file.read_text().splitlines())
+    assert (ours["name"], one["name"]) == ("tto_jax", "one bucket")
+    assert ours["tokens"] == one["tokens"] < 4 * (24 + 2 * 4) and ours["flops"] == one["flops"]
+    assert ours["difference"] < 1e-4, "the objectives differ"
+    assert ours["ratios"] == {"times faster than one bucket": one["median_s"] / ours["median_s"]}
+
+
 @pytest.mark.parametrize(("target", "tokens"), [("rollout", 4 * 8), pytest.param("update", 4 * 16, marks=LONG)])
 def test_a_checkpoint_directory(target, tokens, tmp_path):
     model = models.find("ci", "float32").config
@@ -122,6 +132,7 @@ def test_sizes_by_flags():
         ("credit --rows=3", "credit has no --rows: it takes --repeat, --only"),
         ("grading --repeat=3", "grading has no --repeat: it takes none"),
         ("update --shape=ci --peer=transformers", "update has no --peer"),
+        ("update --shape=ci --buckets=3", "--buckets=3: rows of several lengths are trees"),
         ("rollout --shape=ci --rows=0", "--rows=0: it must be at least 1"),
         ("rollout --shape=ci --rows=3", "--rows=3: it must be a multiple of --group=2"),
         ("rollout --shape=ci --peer=vllm", "--peer='vllm' is unknown: choose one of"),

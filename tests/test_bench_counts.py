@@ -81,9 +81,9 @@ def test_update_flops():
     rows = update.plain_rows(PLAIN, WIDE)
     options = Options(attention="reference", logprobs="reference")
     config = update.loss_config(PLAIN, 10**6, rows, PLAIN.trained, options)
-    assert config.micro_rows == PLAIN.rows
     state = jax.eval_shape(lambda: learner.init_state(models.decoder.init_params(WIDE, 0), update.OPTIMIZER))
-    program = learner.train_step.lower(WIDE, config, update.OPTIMIZER, state, rows).compile()
+    begun = jax.eval_shape(functools.partial(learner.begin, learner.loss, WIDE, config), state.params, rows)
+    program = learner.accumulate.lower(learner.loss, WIDE, config, 0, state.params, *begun).compile()
     every_pair = PLAIN.rows * PLAIN.length**2
     counted = limits.update(WIDE, PLAIN.rows * PLAIN.length, every_pair, PLAIN.rows * PLAIN.trained)
     assert_just_below(counted.flops, program.cost_analysis()["flops"], 0.1)
@@ -114,6 +114,15 @@ def test_pairs_of_a_tree():
     visible = np.asarray(jax.vmap(token_tree.visible)(rows, rows))
     assert visible.sum() == TREE.rows * TREE.pairs
     assert rows.loss_mask.sum() == TREE.rows * TREE.trained
+
+
+def test_pairs_of_trees_whose_traces_end_anywhere():
+    prompts, traces, answers, forks = trees.made(TREE, 50, group=2, full=False)
+    rows = trees.packed(TREE, prompts, traces, answers, forks, trees.credit_of(TREE, 2))
+    assert len(set(traces.length.tolist())) > 1 and (forks <= traces.length[:, None]).all()
+    visible, real = np.asarray(jax.vmap(token_tree.visible)(rows, rows)), np.asarray(rows.tree) >= 0
+    assert visible[real].sum() == trees.pairs(TREE, traces.length, forks)
+    assert real.sum() == rows.tokens.size - TREE.rows * TREE.trace + traces.length.sum()
 
 
 def test_flattened_rows_are_the_branches():
@@ -176,11 +185,6 @@ def test_branches_share_their_trunk():
     a_token = 2 * model.num_kv_heads * model.head_dim * 4
     assert shared.flops == alone.flops
     assert alone.bytes - shared.bytes == (2 * 3 * (8 + 16) - 2 * 16) * a_token
-
-
-@pytest.mark.parametrize(("rows", "length", "tokens", "expected"), [(16, 384, 1536, 4), (6, 10, 45, 3), (7, 10, 35, 1)])
-def test_micro_rows(rows, length, tokens, expected):
-    assert trees.micro_rows(rows, length, tokens) == expected
 
 
 # Limits of the device.

@@ -315,7 +315,8 @@ def small(remat="full", trace=256, micro=2, layers=2, mesh=(1, -1, 1), attention
     config.task.update({"max_prompt_tokens": 128, "max_answer_tokens": 24})
     config.budgets.tokens, config.evaluation.budgets = (trace // 2, trace), (trace,)
     config.rollout.update({"problems": 8, "group_size": 4, "answers": 2, "segment": 100})
-    config.learner.micro_rows, config.mesh = micro, mesh
+    config.mesh = mesh
+    config.learner.micro_tokens = micro * settings.build(config, need_model=False).row_length
     return config
 
 
@@ -424,9 +425,10 @@ def test_a_part_that_does_not_fit_is_a_row():
     # The compiler computes the scores again rather than to keep them.
     forward, again = sum(forward_flops(plan, plan.rows / 4)), 2 * plan.rows * plan.row_length**2 * 4 * 128 / 4
     assert forward <= found.cost.flops <= 1.02 * (forward + again)
-    row = json.loads(json.dumps(compile_tpu.record(config, pod, found)))
+    row = json.loads(json.dumps(compile_tpu.record(config, plan, pod, found)))
     assert row["hbm_bytes"]["total"] == found.hbm_bytes.total and "RESOURCE_EXHAUSTED" in row["why"]
-    assert "learner.micro_rows=1" in (said := compile_tpu.advice(plan, pod, "logprobs")) and "tensor (2, 4)" in said
+    said = compile_tpu.advice(plan, pod, "logprobs")
+    assert f"learner.micro_tokens={plan.row_length}" in said and "tensor (2, 4)" in said
 
 
 def test_the_compiler_says_what_it_needs():
@@ -464,8 +466,9 @@ def fake(needs):
     """A compiler for which an update needs `needs[remat]` bytes and a second for every row it does not batch."""
 
     def compile_part(part, mesh, chip, slices):
-        model, loss = part.arguments[:2]
-        micro, size = loss.micro_rows // mesh.size, needs[model.remat] * loss.micro_rows // mesh.size
+        _, model, loss = part.arguments[:3]
+        micro = loss.micro_tokens // loss.num_states
+        size = needs[model.remat] * micro
         seconds = {"none": 1.0, "dots": 2.0, "attention": 2.5, "full": 3.0}[model.remat] - 0.1 * micro
         cost = hlo_cost.Cost(0.0, 0.0, (), {}, {}, ())
         memory = aot.Memory(0, 0, size, 0, 0, size)
@@ -499,7 +502,8 @@ def test_fit(monkeypatch, needs, tried, best):
     pod = compile_tpu.Pod("v5e:2x2", 1, tpu_chips.of("v5e:2x2"), mesh)
     rows = compile_tpu.fit(config, pod)
     assert [f"{row['remat']}{row['micro_rows']}" for row in rows] == tried
-    assert all(row["trial"] for row in rows) and (config.learner.micro_rows, config.model.remat) == (2, "full")
+    given = 2 * settings.build(config, need_model=False).row_length
+    assert all(row["trial"] for row in rows) and (config.learner.micro_tokens, config.model.remat) == (given, "full")
     found = compile_tpu.fastest(rows)
     assert (found and f"{found['remat']}{found['micro_rows']}") == best
 
@@ -527,7 +531,7 @@ def test_slices_that_libtpu_does_not_know():
 def test_a_mesh_that_does_not_split_the_rows_or_heads():
     config = small()
     for mesh, said in [
-        ((1, 8, 1), r"multiples of 8 and 16"),
+        ((1, 8, 1), r"multiples of 8:"),
         ((1, 1, 8), "tensor=8 does not divide the 4 query heads"),
     ]:
         pod = compile_tpu.Pod("v5e:2x4", 1, tpu_chips.of("v5e:2x4"), compile_tpu.sharding.make_mesh(mesh))
@@ -560,7 +564,8 @@ def test_shipped_configurations_split_over_pods_of_several_hosts(name, topology,
     """Each host holds the rows that it grades, and they lie together: nothing is compiled here."""
     config = importlib.import_module(f"configs.{name}").get_config()
     pod = compile_tpu.describe(topology, 1, mesh)
-    assert compile_tpu.on(config, pod).loss.micro_rows == mesh[1]
+    plan = compile_tpu.on(config, pod)
+    assert plan.loss.micro_rows(compile_tpu.minibatch_rows(plan, pod)) == 1
     hosts = {device.process_index for device in pod.mesh.devices.flat}
     assert len(hosts) == pod.mesh.size / 4
 

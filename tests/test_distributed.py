@@ -28,7 +28,7 @@ def free_port():
 
 def options(model_dir, problem_set, mesh, **changes):  # noqa: F811
     """The test's configuration as command-line options."""
-    given = config_of(model_dir, problem_set, mesh=mesh, steps=4, learner__micro_rows=1, **changes)
+    given = config_of(model_dir, problem_set, mesh=mesh, steps=4, learner__micro_tokens=1, **changes)
     return [f"--config={ROOT / 'configs' / 'math.py'}:brpo"] + [
         f"--config.{name}={given_at(given, name)!r}"
         if isinstance(given_at(given, name), tuple)
@@ -41,7 +41,7 @@ CHANGED = (
     *("init", "data.train", "data.eval", "steps", "mesh", "model.dtype", "model.remat", "task.max_prompt_tokens"),
     *("task.max_answer_tokens", "task.prompting.instruction", "task.prompting.elicit_ended"),
     *("task.prompting.elicit_cut", "task.prompting.paragraph", "task.verifier.workers", "budgets.tokens"),
-    *("rollout.problems", "rollout.group_size", "rollout.answers", "learner.micro_rows", "learner.tokens_per_row"),
+    *("rollout.problems", "rollout.group_size", "rollout.answers", "learner.micro_tokens", "learner.tokens_per_row"),
     *("learner.optimizer.learning_rate", "evaluation.budgets", "evaluation.every", "evaluation.problems"),
     *("evaluation.traces", "checkpoint.every", "log.samples_every"),
 )

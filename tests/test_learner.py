@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -230,18 +231,54 @@ def test_what_stands_beside_untrained_tokens_changes_nothing():
 # The step.
 
 
-def test_micro_batches_change_nothing():
-    """The same first moment (a tenth of the gradient) and metrics, whatever the rows of a micro-batch."""
-    rows, results = random_rows(), {}
-    for micro in (0, N // 2):
-        config = dataclasses.replace(LOSS, micro_rows=micro)
-        state, metrics = learner.train_step(MODEL, config, ADAM, fresh_state(), rows)
-        results[micro] = jax.device_get((adam(state).mu, metrics))
-    assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(results[0][0]))
-    assert_close(results[N // 2][0], results[0][0], 1e-6)
-    assert_close(results[N // 2][1], results[0][1], 1e-5)
-    with pytest.raises(ValueError, match="micro_rows=3 does not divide the 8 rows"):
-        learner.train_step(MODEL, dataclasses.replace(LOSS, micro_rows=3), ADAM, fresh_state(), rows)
+@functools.cache
+def moment_and_metrics(config):
+    """The first moment, a tenth of the gradient."""
+    state, metrics = learner.train_step(MODEL, config, ADAM, fresh_state(), random_rows())
+    return jax.device_get((adam(state).mu, metrics))
+
+
+@pytest.mark.parametrize(("number", "tokens"), [(1, 3 * 26), (3, 0), (3, 1), (3, 50)])
+def test_buckets_and_micro_batches_change_nothing(number, tokens):
+    """The gradient is that of the whole minibatch at once, whatever the rows' lengths and those of a micro-batch."""
+    config = dataclasses.replace(LOSS, buckets=number, micro_tokens=tokens)
+    (moment, metrics), (whole, whole_metrics) = moment_and_metrics(config), moment_and_metrics(LOSS)
+    assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(whole))
+    assert_close(moment, whole, 5e-6)  # of each array: float32 sums in another order
+    one, other = (np.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in (moment, whole))
+    assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(other)
+    padding = metrics.keys() & {"update/padding_share"}
+    assert_close(*({k: x for k, x in found.items() if k not in padding} for found in (metrics, whole_metrics)), 1e-5)
+    real = (np.asarray(random_rows().tree) >= 0).sum(axis=1)
+    for found, options in ((metrics, config), (whole_metrics, LOSS)):
+        share = 1 - real.sum() / computed_tokens(options, real)
+        assert found["update/padding_share"] == pytest.approx(share, abs=1e-6)
+
+
+def test_log_probs_of_buckets_lie_where_the_tokens_were():
+    config = dataclasses.replace(LOSS, buckets=3, micro_tokens=50)
+    for one, other in zip(*(learner.score_logprobs(MODEL, x, host_params(), random_rows()) for x in (config, LOSS))):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def computed_tokens(config, real):
+    """By a loop over the sorted rows of one part."""
+    left, found, lengths = sorted(real, reverse=True), 0, config.lengths
+    for length, shorter in zip(lengths, (*lengths[1:], -1)):
+        most = max(config.micro_tokens // length, 1) if config.micro_tokens else len(real)
+        most = math.ceil(len(real) / math.ceil(len(real) / most))
+        while left and left[0] > shorter:
+            assert left[0] <= length
+            left, found = left[most:], found + most * length
+    assert not left
+    return found
+
+
+def test_the_rows_reach_every_bucket():
+    """What the test above rests on."""
+    lengths = dataclasses.replace(LOSS, buckets=3).lengths
+    real = (np.asarray(random_rows().tree) >= 0).sum(axis=1)
+    assert lengths == (26, 24, 16) and len(set(np.digitize(real, lengths[::-1], right=True))) > 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -314,7 +351,7 @@ def test_supervised_step_is_maximum_likelihood():
     length = rng.integers(4, 10, N)
     mask = (np.arange(9) >= 2) & (np.arange(9) < length[:, None])
     rows = token_tree.sequences(tokens, length, mask)
-    config = LossConfig(num_targets=8, num_states=8, constant=1.0, temperature=LOSS.temperature, micro_rows=2)
+    config = LossConfig(num_targets=8, num_states=8, constant=1.0, temperature=LOSS.temperature, micro_tokens=16)
     state, values = fresh_state(), []
     for step in range(8):
         state, metrics = learner.supervised_step(MODEL, config, ADAM, state, rows)

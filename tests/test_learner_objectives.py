@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_learner import ADAM, LOSS, MODEL, A, N, S, adam, assert_close, fresh_state, host_params, random_rows
+from test_learner import ADAM, LOSS, MODEL, A, S, adam, assert_close, fresh_state, host_params, random_rows
 from test_learner import weighted_gradient as gradient_of_weights
 
 from tto_jax import learner
@@ -79,7 +79,7 @@ def slopes(config, rows, current):
 @pytest.mark.parametrize("change", CASES, ids=lambda change: "-".join(map(str, change.values())))
 def test_value_and_gradient_equal_loops(change):
     rows = random_rows()
-    config = dataclasses.replace(LOSS, micro_rows=N // 2, num_sequences=NUMBER, **change)
+    config = dataclasses.replace(LOSS, buckets=2, micro_tokens=60, num_sequences=NUMBER, **change)
     current = np.asarray(learner.score_logprobs(MODEL, LOSS, host_params(), rows)[0], np.float64)
     # A sampler that is near: products over a sequence stay below and above the cap.
     near = np.where(

@@ -87,7 +87,7 @@ def config_of(model_dir, problem_set, **changes):
         "rollout.problems": 4,
         "rollout.group_size": 4,
         "rollout.answers": 2,
-        "learner.micro_rows": 4,
+        "learner.micro_tokens": 200,
         "learner.tokens_per_row": 6,
         "learner.optimizer.learning_rate": 1e-2,
         "evaluation.budgets": (2, 6),

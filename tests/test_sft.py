@@ -115,7 +115,7 @@ def test_a_mesh_gives_the_same_run(whole, tmp_path, model_dir, files):  # noqa: 
     [
         ({"init": ""}, "init is empty"),
         ({"data__train": ()}, "data.train is empty"),
-        ({"learner__micro_rows": 3}, "does not divide learner.rows=4"),
+        ({"learner__micro_tokens": -1}, "micro_tokens=-1"),
         ({"row_length": 65}, "max_position=64"),
         ({"steps": 0}, "at least 1"),
     ],

@@ -32,7 +32,8 @@ SMALL = {
     "rollout.group_size": 2,
     "rollout.answers": 2,
     "rollout.temperature": 0.9,
-    "learner.micro_rows": 1,
+    "learner.micro_tokens": 1,
+    "learner.buckets": 2,
     "learner.tokens_per_row": 6,
     "learner.optimizer.learning_rate": 1e-3,
     "learner.optimizer.warmup_steps": 0,
@@ -129,8 +130,10 @@ def step(plan, state, number, programs=None):
     old, entropy = learner.score_logprobs(plan.model, plan.loss, state.params, rows)
     if programs is not None:
         programs["think"] = token_loop(plan, cast, prompts, key)
-        score = learner.score_logprobs.lower(plan.model, plan.loss, state.params, rows)
+        begun = learner.begin_scores(plan.loss, rows)
+        score = learner.score_bucket.lower(plan.model, plan.loss, 0, state.params, *begun)
         programs["score"] = score.compile().as_text()
+        programs["sort"] = learner.begin_scores.lower(plan.loss, rows).compile().as_text()
     rows = dataclasses.replace(rows, old_logprob=old)
     for index in range(2):
         part = learner.minibatch(rows, 2, sharding.put(np.int32(index)))
@@ -165,7 +168,9 @@ def meshed(request):
 def test_every_mesh_gives_the_one_device_result(alone, meshed):
     """Tokens are compared exactly, though a uniform draw within rounding of a boundary could choose its neighbour."""
     _, found = meshed
-    for one, many in zip(jax.tree.leaves(alone.first), jax.tree.leaves(found.first), strict=True):
+    results, padding = zip(*(without_padding_share(first) for first in (alone.first, found.first)))
+    assert 0 < padding[0] <= padding[1] < 1, "parts compute one length at a time, that of the longest row of any"
+    for one, many in zip(*map(jax.tree.leaves, results), strict=True):
         if np.issubdtype(one.dtype, np.floating):
             np.testing.assert_allclose(one, many, atol=3e-5, rtol=1e-5)
         else:
@@ -181,6 +186,12 @@ def test_every_mesh_gives_the_one_device_result(alone, meshed):
     assert min(jax.tree.leaves(moved)) > 1e-4, "a parameter that does not move would agree for nothing"
     # Adam divides by the gradient's size, so that rounding of tiny gradients is seen: a tenth of a step of 1e-3.
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), alone.params, found.params)
+
+
+def without_padding_share(first):
+    *others, metrics = first
+    share = metrics["update/padding_share"]
+    return (*others, {name: x for name, x in metrics.items() if name != "update/padding_share"}), share
 
 
 def test_every_mesh_gives_the_one_device_evaluation(alone, meshed):
@@ -226,6 +237,12 @@ def test_the_token_loop_gathers_no_weights(meshed):
             (sizes,) = re.findall(r"f32\[([\d,]+)\]", result)
             rows = PLAN.rows // sharding.row_shards(mesh)
             assert sizes == f"{-(-PLAN.model.vocab_size // mesh.shape['tensor']) * mesh.shape['tensor']},{rows}", line
+
+
+def test_sorting_rows_sends_their_lengths_alone(meshed):
+    mesh, found = meshed
+    sent = collectives(found.programs["sort"])
+    assert len(sent) <= 1 and all(re.match(rf"s32\[{PLAN.rows // sharding.row_shards(mesh)}\]", x) for x, _ in sent)
 
 
 def test_a_padded_vocabulary_is_split_before_it_is_gathered(meshed):
@@ -405,13 +422,11 @@ def test_a_process_has_consecutive_rows():
 
 
 def test_rows_must_be_split_evenly():
-    plan = settings.build(peak.get_config("brpo"))  # 32 problems, minibatches of 128 rows, 16 at a time
+    plan = settings.build(peak.get_config("brpo"))  # 32 problems, minibatches of 128 rows
     plan.check_rows(None)
     plan.check_rows(sharding.make_mesh((2, 4, 1)))
-    with pytest.raises(ValueError, match=r"problems=32 and the 128 rows.*multiples of 8 and 256.*micro_rows=32"):
-        dataclasses.replace(plan, loss=dataclasses.replace(plan.loss, micro_rows=32)).check_rows(
-            sharding.make_mesh((2, 4, 1))
-        )
+    with pytest.raises(ValueError, match=r"problems=28 and the 112 rows.*multiples of 8: mesh"):
+        dataclasses.replace(plan, problems=28).check_rows(sharding.make_mesh((2, 4, 1)))
 
 
 def test_tensor_must_divide_the_heads():

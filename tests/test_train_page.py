@@ -55,7 +55,7 @@ SMALL = {
     "rollout.problems": 4,
     "rollout.group_size": 4,
     "rollout.answers": 2,
-    "learner.micro_rows": 4,
+    "learner.micro_tokens": 200,
     "steps": STEPS,
     "evaluation.every": 2,
     "evaluation.problems": 16,
@@ -187,7 +187,8 @@ def test_rows_have_what_the_page_promises(rows):
     names |= {f"{name}/{v}/{s}" for name in ("residual", "correlation") for v in ("v1", "v2", "v") for s in blocks}
     names |= {"logprob_gap/mean", "logprob_gap/max", "entropy/thinking", "entropy/answers"}
     names |= {f"loss/{name}" for name in ("total", "kl_old", "clip_fraction", "ratio_min", "ratio_max")}
-    names |= {"loss/share_thinking", "loss/share_answers", "update/grad_norm", "update/skipped"}
+    names |= {"loss/share_thinking", "loss/share_answers"}
+    names |= {f"update/{name}" for name in ("grad_norm", "skipped", "padding_share")}
     names |= {f"seconds/{phase}" for phase in ("think", "answer", "grade", "credit", "score", "update", "step")}
     names |= {"speed/tokens_per_second", "speed/mfu", "speed/goodput"}
     names |= {f"{name}/{p}" for name in ("flops", "speed/mfu") for p in ("think", "answer", "score", "update")}
@@ -212,6 +213,7 @@ def test_numbers_are_possible(rows):
         assert 1 <= row["length/mean"] <= 6
         assert 0 < row["entropy/thinking"] <= entropy and 0 < row["entropy/answers"] <= entropy
         assert 0 < row["loss/ratio_min"] <= 1 <= row["loss/ratio_max"]
+        assert 0 < row["update/padding_share"] < 1
         assert row["loss/kl_old"] >= 0 and row["update/skipped"] == 0
         assert all(-1 <= value <= 1 for k, value in row.items() if k.startswith("correlation/") and value is not None)
         # 16 traces of up to 6 tokens, 2 budgets x 2 one-token answers each.
@@ -270,7 +272,7 @@ def test_equal_scores_teach_nothing(base, monkeypatch):
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_a_run_on_a_mesh_is_the_run_on_one_device(base, rows, mesh):
     """Two steps and two evaluations; the same tokens, so the same scores; sums differ by rounding."""
-    workdir = run(base / f"mesh{mesh}", mesh=mesh, steps=2, learner__micro_rows=2)
+    workdir = run(base / f"mesh{mesh}", mesh=mesh, steps=2, learner__micro_tokens=100)
     found = metrics.read_rows(workdir)
     assert [row["step"] for row in found] == [0, 1, 2, 2]
     for one, many in zip(rows, [row for row in found if "score/anytime" in row]):

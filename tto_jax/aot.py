@@ -1,9 +1,12 @@
 """The trainer's jitted functions, compiled for a mesh whose devices need not be there.
 
-What is compiled is what a step of `train` calls, with the shapes and layouts it would have; nothing is computed.
+What is compiled is what a step of `train` calls, with the shapes and layouts it would have; nothing is computed. Of
+log-probs and update, which have a program for each bucket of row lengths, it is the longest bucket's, counted as if all
+rows were in it; sorting rows is left out.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import tempfile
@@ -17,13 +20,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tto_jax import hlo_cost, learner, rollout, sharding, tpu_chips
+from tto_jax import buckets, hlo_cost, learner, rollout, sharding, tpu_chips
 from tto_jax.core import token_tree
 from tto_jax.core.types import Answers, Credit, Prompts, TokenTree, Traces
 from tto_jax.models import decoding
 from tto_jax.settings import Settings
 
-PARTS = ("weights", "prefill", "think", "answers", "logprobs", "update")  # in the order of a step
+PARTS = ("weights", "prefill", "think", "answers", "logprobs", "update", "apply")  # in the order of a step
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -94,6 +97,11 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
     forks = split_rows(mesh, _array(jnp.int32, plan.rows, plan.columns))
     rows = split_rows(mesh, packed_rows(plan, plan.rows))
     minibatch = split_rows(mesh, packed_rows(plan, plan.rows // plan.minibatches))
+    with jax.set_mesh(mesh):
+        scored = _sorted(mesh, jax.eval_shape(lambda rows: learner.begin_scores(loss, rows), rows))
+        begun = functools.partial(learner.begin, learner.loss, model, loss)
+        batch, partial = _sorted(mesh, jax.eval_shape(begun, state.params, minibatch))
+        partial = dataclasses.replace(partial, grads=state.params)
     # All of it is there while the rollout runs; the log-probs take the parameters, but not the moments.
     held, moments = bytes_a_chip(state), bytes_a_chip(state.opt_state)
     segments = math.ceil(engine.trace_pad / engine.segment)
@@ -115,16 +123,36 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
             held=held,
             most_trips=max(engine.answer_cap - 1, 1),
         ),
-        Part("logprobs", learner.score_logprobs, (model, loss, state.params, rows), held=moments),
+        Part(
+            "logprobs",
+            learner.score_bucket,
+            (model, loss, 0, state.params, *scored),
+            held=moments + bytes_a_chip(rows),
+            most_trips=micro_batches(loss, scored[0]),
+        ),
         Part(
             "update",
-            learner.train_step,
-            (model, loss, plan.optimizer, state, minibatch),
+            learner.accumulate,
+            (learner.loss, model, loss, 0, state.params, batch, partial),
+            calls=plan.minibatches,
+            held=moments + bytes_a_chip(rows),
+            most_trips=micro_batches(loss, batch),
+        ),
+        Part(
+            "apply",
+            learner.apply,
+            (model, plan.optimizer, state, partial),
             calls=plan.minibatches,
             held=bytes_a_chip(rows),
         ),
     )
     return {part.name: part for part in found}
+
+
+def micro_batches(loss: learner.LossConfig, batch: buckets.Sorted) -> int:
+    """Of a part, where all rows are in the longest bucket."""
+    rows = batch.length.shape[0]
+    return math.ceil(rows / loss.micro_rows(rows))
 
 
 def packed_rows(plan: Settings, number: int) -> TokenTree:
@@ -187,6 +215,13 @@ def split_rows(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, P(sharding.ROWS) if leaf.ndim else P())
 
     return _with(tree, jax.tree.map(layout, tree))
+
+
+def _sorted(mesh, begun):
+    """What begins a loop over buckets, with its layout: rows are split, lengths and sums lie on every chip."""
+    batch, carry = begun
+    length = _with(batch.length, NamedSharding(mesh, P()))
+    return dataclasses.replace(split_rows(mesh, batch), length=length), split_rows(mesh, carry)
 
 
 def bytes_a_chip(tree: Any) -> int:

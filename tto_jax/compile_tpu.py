@@ -5,9 +5,10 @@
     python -m tto_jax.compile_tpu --table=FOLDER      # what --json wrote there, as the README's table
 
 Needs libtpu, no TPU: pip install "tto-jax[tpu]". Compiles what a training step calls, one row each: weights (cast and
-laid out for the rollout), prefill, think (one segment), answers, logprobs, update (one minibatch). Bytes, FLOPs and
-bounds are those of one chip and one call; a bound is what the work takes at the chip's peak, a run is slower. Exits
-with 1 if a part does not fit. --fit first searches learner.micro_rows and model.remat for the fastest update that does.
+laid out for the rollout), prefill, think (one segment), answers, logprobs, update (the gradient of one minibatch),
+apply (the optimizer). Bytes, FLOPs and bounds are those of one chip and one call, all rows as long as can be; a bound
+is what the work takes at the chip's peak, a run is slower. Exits with 1 if a part does not fit. --fit first searches
+learner.micro_tokens and model.remat for the fastest update that does.
 """
 
 import copy
@@ -37,7 +38,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, f"Chip and slice, such as {', 
 _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, spanned by the mesh axis data.", lower_bound=1)
 _MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor; the same as --config.mesh.")
 _PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(aot.PARTS)}; default: all.")
-_FIT = flags.DEFINE_bool("fit", False, "Search micro_rows and remat for the fastest update that fits.")
+_FIT = flags.DEFINE_bool("fit", False, "Search micro_tokens and remat for the fastest update that fits.")
 _TABLE = flags.DEFINE_string("table", None, "A folder of --json files, which are printed as one table.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written, a JSON object a line.", allow_override=True)
 
@@ -85,8 +86,8 @@ def main(argv):
     if _FIT.value:
         rows += fit(config, pod)
         if best := fastest(rows):
-            config.learner.micro_rows, config.model.remat = best["micro_rows"], best["remat"]
-            print(f"chosen: --config.learner.micro_rows={best['micro_rows']} --config.model.remat={best['remat']}")
+            config.learner.micro_tokens, config.model.remat = best["micro_tokens"], best["remat"]
+            print(f"chosen: --config.learner.micro_tokens={best['micro_tokens']} --config.model.remat={best['remat']}")
     plan = on(config, pod)
     found = aot.parts(plan, pod.mesh)
     results = [show(config, plan, pod, found[name]) for name in names]
@@ -134,15 +135,16 @@ def on(config: ConfigDict, pod: Pod) -> Settings:
 
 
 def fit(config: ConfigDict, pod: Pod) -> list[dict]:
-    """Rows of the updates that were tried: every divisor of a part's rows as micro_rows, smallest first, with every
-    remat; where one does not fit, larger ones are not tried, and none where the smallest with full remat does not.
+    """Rows of the updates that were tried: tokens of so many of the longest rows as divide a part's, smallest first,
+    with every remat; where one does not fit, larger ones are not tried, and none where the smallest with full remat
+    does not.
     """
     config, rows = copy.deepcopy(config), []
-    part_rows = settings.build(config, need_model=False)
-    part_rows = part_rows.rows // part_rows.minibatches // sharding.row_shards(pod.mesh)
+    plan = settings.build(config, need_model=False)
+    part_rows, length = minibatch_rows(plan, pod), plan.row_length
     for remat in reversed(REMAT):
         for micro in (n for n in range(1, part_rows + 1) if part_rows % n == 0):
-            config.learner.micro_rows, config.model.remat = micro, remat
+            config.learner.micro_tokens, config.model.remat = micro * length, remat
             plan = on(config, pod)
             rows.append(show(config, plan, pod, aot.parts(plan, pod.mesh)["update"], trial=True))
             if not rows[-1]["fits"]:
@@ -150,6 +152,11 @@ def fit(config: ConfigDict, pod: Pod) -> list[dict]:
         if not any(row["fits"] for row in rows):
             break
     return rows
+
+
+def minibatch_rows(plan: Settings, pod: Pod) -> int:
+    """Of each part of the mesh."""
+    return plan.rows // plan.minibatches // sharding.row_shards(pod.mesh)
 
 
 def fastest(rows: list[dict]) -> dict | None:
@@ -160,7 +167,7 @@ def fastest(rows: list[dict]) -> dict | None:
 def show(config: ConfigDict, plan: Settings, pod: Pod, part: aot.Part, trial: bool = False) -> dict:
     """Compile a part, print what was found, and return it as a row."""
     compiled = aot.compile_part(part, pod.mesh, pod.chip, pod.slices)
-    row = record(config, pod, compiled) | {"trial": trial}
+    row = record(config, plan, pod, compiled) | {"trial": trial}
     label = f"micro_rows={row['micro_rows']} remat={row['remat']}\n" if trial else ""
     print(label + line(row), flush=True)
     for note in notes(row):
@@ -173,7 +180,7 @@ def show(config: ConfigDict, plan: Settings, pod: Pod, part: aot.Part, trial: bo
     return row
 
 
-def record(config: ConfigDict, pod: Pod, found: aot.Compiled) -> dict:
+def record(config: ConfigDict, plan: Settings, pod: Pod, found: aot.Compiled) -> dict:
     """What JSON holds of a part; bytes, FLOPs and seconds are of one chip and one call."""
     cost = found.cost
     return {
@@ -183,7 +190,8 @@ def record(config: ConfigDict, pod: Pod, found: aot.Compiled) -> dict:
         "num_slices": pod.slices,
         "chips": pod.mesh.size,
         "mesh": list(pod.mesh.shape.values()),
-        "micro_rows": config.learner.micro_rows,
+        "micro_tokens": config.learner.micro_tokens,
+        "micro_rows": plan.loss.micro_rows(minibatch_rows(plan, pod)),  # of the longest, of each part of the mesh
         "remat": config.model.remat,
         "calls": found.calls,
         "compile_s": round(found.compile_s, 2),
@@ -239,8 +247,8 @@ def advice(plan: Settings, pod: Pod, part: str) -> str:
     more = [n for n in range(tensor + 1, heads + 1) if heads % n == 0 and pod.mesh.size % n == 0]
     ways = []
     if part in ("update", "logprobs"):
-        if plan.loss.micro_rows != sharding.row_shards(pod.mesh):
-            ways.append("learner.micro_rows=1")
+        if plan.loss.micro_rows(minibatch_rows(plan, pod)) > 1:
+            ways.append(f"learner.micro_tokens={plan.row_length}")
         if part == "update" and plan.model.remat != "full":
             ways.append("model.remat=full")
     else:

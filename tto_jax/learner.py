@@ -1,8 +1,13 @@
-"""The update: log-probs of packed rows, the clipped objective, one optimizer step. Pure; jitted with donated state."""
+"""The update: log-probs of packed rows, the clipped objective, one optimizer step. Pure; jitted with donated state.
+
+The gradient of a minibatch is summed over micro-batches, bucket by bucket (`buckets`), by one program a bucket, whose
+loop ends by the rows' lengths on the device. Every step calls every program, so the first one compiles all there is.
+"""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from tto_jax import sharding
+from tto_jax import buckets, sharding
+from tto_jax.buckets import Sorted
 from tto_jax.core import losses
 from tto_jax.core.types import Array, TokenTree, pytree
 from tto_jax.kernels.token_logprobs import token_logprobs
@@ -82,7 +88,8 @@ class LossConfig:
     num_sequences: int = 0  # thinking blocks and answers of a row; only where one is meant as a whole
     attention: str = "reference"
     logprobs: str = "chunked"
-    micro_rows: int = 0  # rows whose gradient is computed at a time, 0: the whole minibatch
+    buckets: int = 1  # row lengths at which rows are computed, see `buckets.lengths`
+    micro_tokens: int = 0  # tokens of each part of the mesh whose gradient is computed at a time; 0: all rows
 
     def __post_init__(self):
         for name, choices in (
@@ -114,6 +121,26 @@ class LossConfig:
             raise ValueError(f"kl={self.kl}: the weight of the KL is 0 or positive")
         if not self.constant > 0:
             raise ValueError(f"constant={self.constant}: the loss is divided by a positive constant")
+        if self.buckets < 1 or self.micro_tokens < 0:
+            raise ValueError(
+                f"buckets={self.buckets}, micro_tokens={self.micro_tokens}: choose at least one bucket, and tokens of "
+                "some rows, or 0 for all rows at a time"
+            )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the buckets, the longest first."""
+        return buckets.lengths(self.num_states, self.buckets)
+
+    def micro_rows(self, rows: int, bucket: int = 0) -> int:
+        """How many of a part's `rows` rows are computed at a time in a bucket."""
+        return buckets.micro_rows(rows, self.lengths[bucket], self.micro_tokens)
+
+    def in_bucket(self, bucket: int, row_length: int) -> "LossConfig":
+        """These options for compact rows of a bucket, stored with `row_length` tokens."""
+        length = self.lengths[bucket]
+        most = length + row_length - self.num_states  # targets without a state are beside them
+        return dataclasses.replace(self, num_states=length, buckets=1, num_targets=min(self.num_targets, most))
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -178,20 +205,67 @@ def target_logprobs(
     return index, logprob, entropy
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def score_logprobs(
     model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
 ) -> tuple[jax.Array, jax.Array]:
     """The trainer's log-prob and entropy of every trained token, f32[N,L]; 0 elsewhere."""
+    batch, found = begin_scores(config, rows)
+    for bucket in range(len(config.lengths)):
+        found = score_bucket(model, config, bucket, params, batch, found)
+    return end_scores(batch, found)
 
-    def score(part):
-        index, logprob, entropy = target_logprobs(model, config, params, part)
+
+@pytree
+class Scores:
+    """Log-probs of sorted rows while they are computed."""
+
+    position: Array  # i32[], rows of each part that are done
+    logprob: Array  # f32[N, L]
+    entropy: Array  # f32[N, L]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin_scores(config: LossConfig, rows: TokenTree) -> tuple[Sorted, Scores]:
+    """Sorted rows, and no scores."""
+    nothing = sharding.constrain(jnp.zeros(rows.tokens.shape), sharding.ROWS)
+    return buckets.sort(rows, None, config.num_states), Scores(jnp.int32(0), nothing, nothing)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def score_bucket(
+    model: ModelConfig, config: LossConfig, bucket: int, params: Params, batch: Sorted, found: Scores
+) -> Scores:
+    """The scores with those of a bucket's rows."""
+
+    def step(found, cut, number):
+        part, _ = buckets.take(batch, found.position, number)
+        index, logprob, entropy = target_logprobs(model, cut, params, part)
         row = jnp.arange(index.shape[0])[:, None]
         scatter = lambda x: jnp.where(part.loss_mask, jnp.zeros(part.tokens.shape).at[row, index].set(x), 0.0)  # noqa: E731
-        return scatter(logprob), scatter(entropy)
+        put = lambda old, x: buckets.store(old, scatter(x), found.position)  # noqa: E731
+        return Scores(found.position + number, put(found.logprob, logprob), put(found.entropy, entropy))
 
-    scored = jax.lax.map(score, _micro_batches(config, rows))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows.tokens.shape), scored)
+    return _over_bucket(step, config, bucket, batch, found)
+
+
+@jax.jit
+def end_scores(batch: Sorted, found: Scores) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies where the rows and tokens were."""
+    return buckets.restore(batch, found.logprob), buckets.restore(batch, found.entropy)
+
+
+def _over_bucket(step, config, bucket, batch, carry):
+    """`step(carry, options, rows of a part)` for the micro-batches of a bucket: until the rest fits the next one.
+
+    A micro-batch may reach into rows of shorter buckets.
+    """
+    rows, shorter = batch.length.shape[0], (*config.lengths, -1)[bucket + 1]
+    cut, number = config.in_bucket(bucket, batch.rows.tokens.shape[1]), config.micro_rows(rows, bucket)
+
+    def more(carry):
+        return (carry.position < rows) & (batch.length[jnp.minimum(carry.position, rows - 1)] > shorter)
+
+    return jax.lax.while_loop(more, lambda carry: step(carry, cut, number), carry)
 
 
 def loss(
@@ -238,6 +312,23 @@ def loss(
     }
 
 
+def negative_loglik(
+    model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree, weight: Array
+) -> tuple[jax.Array, dict]:
+    """Minus the log-likelihood of the trained tokens, each times its weight f32[N,L]; and sums for the metrics."""
+    index, logprob, _ = target_logprobs(model, config, params, rows)
+    mask, weight = (jnp.take_along_axis(x, index, axis=-1) for x in (rows.loss_mask, weight))
+    total = -jnp.sum(jnp.where(mask, logprob * weight, 0.0))
+    return total, {"total": total}
+
+
+_RATIOS = {"ratio_min": jnp.minimum, "ratio_max": jnp.maximum}  # of a minibatch; the others are sums
+SUMS = {  # of what is minimised, beside its gradient
+    loss: ("total", "tokens", "kl_ref", "kl_old", "clipped", *_RATIOS, "weight", "weight_answers"),
+    negative_loglik: ("total",),
+}
+
+
 def _token_weights(config, rows):
     return losses.token_weights(rows.loss_mask, rows.sequence, config.num_sequences, config.aggregate, config.constant)
 
@@ -256,83 +347,104 @@ def _trusted(config, rows):
     return dataclasses.replace(rows, advantage=rows.advantage * trust)
 
 
-def _combine(sums: dict) -> dict:
-    """Metrics of a minibatch from those of its micro-batches."""
-    tokens = jnp.maximum(sums["tokens"].sum(), 1)
-    weight, answers = sums["weight"].sum(), sums["weight_answers"].sum()
-    share = lambda part: jnp.where(weight > 0, part / jnp.maximum(weight, 1e-30), jnp.nan)  # noqa: E731
-    return {
-        "loss/total": sums["total"].sum(),
-        "loss/kl_ref": sums["kl_ref"].sum() / tokens,
-        "loss/kl_old": sums["kl_old"].sum() / tokens,
-        "loss/clip_fraction": sums["clipped"].sum() / tokens,
-        "loss/ratio_min": sums["ratio_min"].min(),
-        "loss/ratio_max": sums["ratio_max"].max(),
-        "loss/share_thinking": share(weight - answers),
-        "loss/share_answers": share(answers),
-    }
+@pytree
+class Partial:
+    """The gradient of a minibatch while it is summed over micro-batches."""
+
+    position: Array  # i32[], rows of each part that are done
+    grads: Params  # float32
+    sums: dict  # f32[] each: those of SUMS, and tokens that were computed, with padding and without
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
 def train_step(
     model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
 ) -> tuple[TrainState, dict]:
     """One optimizer step on one minibatch of packed rows; the state is donated."""
-    parts = _trusted(config, rows), _token_weights(config, rows)
-    grads, metrics = _accumulate(
-        lambda params, part: loss(model, config, params, *part), model, config, state.params, parts
-    )
-    state, applied = _apply(optimizer, state, grads, model.num_kv_heads)
-    return state, _combine(metrics) | applied
+    return _step(loss, model, config, optimizer, state, rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
 def supervised_step(
     model: ModelConfig, config: LossConfig, optimizer: OptimizerConfig, state: TrainState, rows: TokenTree
 ) -> tuple[TrainState, dict]:
     """One optimizer step of maximum likelihood on the trained tokens: minus the mean log-prob. The state is donated."""
-    tokens = jnp.maximum(rows.loss_mask.sum(), 1)
-
-    def negative_loglik(params, part):
-        index, logprob, _ = target_logprobs(model, config, params, part)
-        value = -losses.aggregate(logprob, jnp.take_along_axis(part.loss_mask, index, axis=-1), tokens)
-        return value, {"loss/total": value}
-
-    grads, metrics = _accumulate(negative_loglik, model, config, state.params, rows)
-    state, applied = _apply(optimizer, state, grads, model.num_kv_heads)
-    return state, {"loss/total": metrics["loss/total"].sum(), **applied}
+    config = dataclasses.replace(config, aggregate="token_mean")
+    return _step(negative_loglik, model, config, optimizer, state, rows)
 
 
-def _micro_batches(config, rows):
-    """A tree of [N, L] -> [N / micro_rows, micro_rows, L]; strided, so that each has rows of every device."""
-    total = jax.tree.leaves(rows)[0].shape[0]
-    micro = config.micro_rows or total
-    if total % micro:
-        raise ValueError(f"micro_rows={micro} does not divide the {total} rows: choose a divisor, or 0 for all at once")
-    split = jax.tree.map(lambda x: x.reshape(micro, total // micro, *x.shape[1:]).swapaxes(0, 1), rows)
-    return sharding.constrain(split, None, sharding.ROWS)
+def _step(objective, model, config, optimizer, state, rows):
+    batch, partial = begin(objective, model, config, state.params, rows)
+    for bucket in range(len(config.lengths)):
+        partial = accumulate(objective, model, config, bucket, state.params, batch, partial)
+    return apply(model, optimizer, state, partial)
 
 
-def _accumulate(function, model, config, params, rows):
-    """Sum of the gradients of micro-batches (their sums share one constant) and their metrics, stacked.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def begin(
+    objective: Callable, model: ModelConfig, config: LossConfig, params: Params, rows: TokenTree
+) -> tuple[Sorted, Partial]:
+    """Sorted rows with what each token counts in the whole minibatch, and a gradient of zeros."""
+    batch = buckets.sort(_trusted(config, rows), _token_weights(config, rows), config.num_states)
+    sums = {name: jnp.float32(name in _RATIOS) for name in (*SUMS[objective], "computed", "present")}
+    zeros = sharding.constrain_params(jax.tree.map(jnp.zeros_like, params), model.num_kv_heads)
+    return batch, Partial(jnp.int32(0), zeros, sums)
 
-    Beside memory, this is for speed: on a CPU the activations of a few rows stay in its cache.
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+def accumulate(
+    objective: Callable,
+    model: ModelConfig,
+    config: LossConfig,
+    bucket: int,
+    params: Params,
+    batch: Sorted,
+    partial: Partial,
+) -> Partial:
+    """The gradient with that of a bucket's rows; `objective` is `loss` or `negative_loglik`, `partial` is donated.
+
+    Beside memory, micro-batches are for speed: on a CPU the activations of a few rows stay in its cache.
     """
 
-    def body(grads, part):
-        (_, metrics), grad = jax.value_and_grad(function, has_aux=True)(params, part)
-        return split(jax.tree.map(jnp.add, grads, grad)), metrics
+    def step(partial, cut, number):
+        part, weight = buckets.take(batch, partial.position, number)
+        function = lambda params: objective(model, cut, params, part, weight)  # noqa: E731
+        (_, sums), grads = jax.value_and_grad(function, has_aux=True)(params)
+        states = part.tree[:, : cut.num_states]
+        sums |= {"computed": states.size, "present": jnp.sum(states >= 0)}
+        sums = {name: _RATIOS.get(name, jnp.add)(old, sums[name]) for name, old in partial.sums.items()}
+        grads = sharding.constrain_params(jax.tree.map(jnp.add, partial.grads, grads), model.num_kv_heads)
+        return Partial(partial.position + number, grads, sums)
 
-    split = functools.partial(sharding.constrain_params, kv_heads=model.num_kv_heads)
-    return jax.lax.scan(body, split(jax.tree.map(jnp.zeros_like, params)), _micro_batches(config, rows))
+    return _over_bucket(step, config, bucket, batch, partial)
 
 
-def _apply(optimizer, state, grads, kv_heads):
-    updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def apply(
+    model: ModelConfig, optimizer: OptimizerConfig, state: TrainState, partial: Partial
+) -> tuple[TrainState, dict]:
+    """The state after an optimizer step with the whole gradient, and the minibatch's metrics. The state is donated."""
+    updates, opt_state = make_optimizer(optimizer).update(partial.grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"update/grad_norm": optax.tree.norm(grads), "update/skipped": opt_state.total_notfinite}
+    metrics = {"update/grad_norm": optax.tree.norm(partial.grads), "update/skipped": opt_state.total_notfinite}
     state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-    return sharding.constrain_params(state, kv_heads), metrics
+    return sharding.constrain_params(state, model.num_kv_heads), _metrics(partial.sums) | metrics
+
+
+def _metrics(sums: dict) -> dict:
+    """Of a minibatch, from the sums over it."""
+    found = {"loss/total": sums["total"], "update/padding_share": 1 - sums["present"] / sums["computed"]}
+    if "weight" not in sums:
+        return found
+    tokens, weight = jnp.maximum(sums["tokens"], 1), sums["weight"]
+    share = lambda part: jnp.where(weight > 0, part / jnp.maximum(weight, 1e-30), jnp.nan)  # noqa: E731
+    return found | {
+        "loss/kl_ref": sums["kl_ref"] / tokens,
+        "loss/kl_old": sums["kl_old"] / tokens,
+        "loss/clip_fraction": sums["clipped"] / tokens,
+        "loss/ratio_min": sums["ratio_min"],
+        "loss/ratio_max": sums["ratio_max"],
+        "loss/share_thinking": share(weight - sums["weight_answers"]),
+        "loss/share_answers": share(sums["weight_answers"]),
+    }
 
 
 @functools.partial(jax.jit, static_argnums=(1,))

@@ -166,16 +166,9 @@ class Settings:
         Raises ValueError if the mesh's `tensor` axis cannot split the heads.
         """
         platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
-        copies, shards = 1, 1
-        if mesh is not None:
-            copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
-            shards = sharding.row_shards(mesh)
+        copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
         model = dataclasses.replace(self.model, kv_copies=copies, branch_decode=branch_decode.choose(platform))
-        loss = dataclasses.replace(
-            self.loss,
-            micro_rows=self.loss.micro_rows * shards,
-            attention=self.loss.attention or tree_attention.choose(platform),
-        )
+        loss = dataclasses.replace(self.loss, attention=self.loss.attention or tree_attention.choose(platform))
         return dataclasses.replace(self, model=model, loss=loss)
 
     @property
@@ -189,12 +182,12 @@ class Settings:
     def check_rows(self, mesh: jax.sharding.Mesh | None) -> None:
         """Raises ValueError if the rows of a training step cannot be split as the mesh asks."""
         shards = 1 if mesh is None else sharding.row_shards(mesh)
-        rows, micro = self.rows // self.minibatches, max(self.loss.micro_rows, 1)
-        if self.problems % shards or rows % (shards * micro):
+        rows = self.rows // self.minibatches
+        if self.problems % shards or rows % shards:
             raise ValueError(
-                f"rollout.problems={self.problems} and the {rows} rows of a minibatch must be multiples of {shards} "
-                f"and {shards * micro}: mesh {dict(mesh.shape)} splits rows into {shards} parts over data, fsdp; each "
-                f"computes learner.micro_rows={micro} at a time; choose multiples, or put more devices on tensor"
+                f"rollout.problems={self.problems} and the {rows} rows of a minibatch must be multiples of {shards}: "
+                f"mesh {dict(mesh.shape)} splits rows into {shards} parts over data, fsdp; choose multiples, or put "
+                "more devices on tensor"
             )
 
     def kv_bytes(self) -> int:
@@ -319,12 +312,6 @@ def _loss(config, rollout, size, prompt_pad):
     if learner.normalizer not in NORMALIZERS:
         raise ValueError(f"learner.normalizer={learner.normalizer!r} is unknown: choose one of {NORMALIZERS}")
     rows = config.rollout.problems * rollout.group_size // learner.minibatches
-    if learner.micro_rows < 0 or (learner.micro_rows and rows % learner.micro_rows):
-        choices = tuple(n for n in range(1, rows + 1) if rows % n == 0)
-        raise ValueError(
-            f"learner.micro_rows={learner.micro_rows} does not divide the {rows} rows of a minibatch: "
-            f"choose 0 (all) or one of {choices}"
-        )
     response = rollout.trace_pad + size * rollout.answers * (rollout.forced_pad + rollout.answer_cap)
     constant = rows * learner.tokens_per_row if learner.normalizer == "constant" else released_constant(rows, response)
     return LossConfig(
@@ -337,7 +324,8 @@ def _loss(config, rollout, size, prompt_pad):
             rollout.forced_pad + rollout.answer_cap,
             rollout.answer_cap == 1,
         ),
-        micro_rows=learner.micro_rows,
+        buckets=learner.buckets,
+        micro_tokens=learner.micro_tokens,
         constant=float(constant),
         temperature=rollout.sample.temperature,
         clip_low=learner.clip_low,
@@ -390,11 +378,8 @@ def _check(settings: Settings, config) -> None:
 def _check_warm_start(config, settings: Settings) -> None:
     warm = config.warm_start
     OptimizerConfig(**warm.optimizer.to_dict(), decay_steps=warm.steps)
-    if warm.micro_rows < 0 or (warm.micro_rows and warm.batch_size % warm.micro_rows):
-        raise ValueError(
-            f"warm_start.micro_rows={warm.micro_rows} does not divide warm_start.batch_size={warm.batch_size}: "
-            "choose 0 (all) or a divisor"
-        )
+    if warm.micro_tokens < 0:
+        raise ValueError(f"warm_start.micro_tokens={warm.micro_tokens}: choose tokens of some rows, or 0 for all rows")
     context, longest = settings.model.max_position, data.demonstration_length(settings.task)
     if longest > context:
         raise ValueError(

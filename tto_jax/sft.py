@@ -29,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics.", allow_override=True)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print sizes, then stop.", allow_override=True)
 
-OVERRIDABLE = ("mesh", "learner.micro_rows", "model.remat", "data.eval", "evaluation", "checkpoint")
+OVERRIDABLE = ("mesh", "learner.micro_tokens", "model.remat", "data.eval", "evaluation", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +51,13 @@ class Plan:
         loss = dataclasses.replace(self.loss, attention=tree_attention.choose(platform))
         if mesh is None:
             return dataclasses.replace(self, loss=loss)
-        shards, micro = sharding.row_shards(mesh), loss.micro_rows
-        if self.rows % (shards * max(micro, 1)):
+        if self.rows % (shards := sharding.row_shards(mesh)):
             raise ValueError(
-                f"learner.rows={self.rows} must be a multiple of {shards * max(micro, 1)}: mesh {dict(mesh.shape)} "
-                f"splits rows into {shards} parts, each computes learner.micro_rows={micro} at a time (0: all)"
+                f"learner.rows={self.rows} must be a multiple of {shards}: mesh {dict(mesh.shape)} splits rows into "
+                "so many parts; choose a multiple, or put more devices on tensor"
             )
         copies = sharding.kv_copies(self.model.num_heads, self.model.num_kv_heads, mesh)
-        return dataclasses.replace(
-            self,
-            model=dataclasses.replace(self.model, kv_copies=copies),
-            loss=dataclasses.replace(loss, micro_rows=micro * shards),
-        )
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, kv_copies=copies), loss=loss)
 
 
 def main(argv):
@@ -94,20 +89,17 @@ def build(config) -> Plan:
         raise ValueError("init is empty: name the model to start from, a Hugging Face directory or a checkpoint")
     if not config.data.train:
         raise ValueError("data.train is empty: name JSON-lines files of chats, such as ('chats.jsonl',)")
-    rows, micro = config.learner.rows, config.learner.micro_rows
-    if micro < 0 or (micro and rows % micro):
-        raise ValueError(f"learner.micro_rows={micro} does not divide learner.rows={rows}: choose 0 (all) or a divisor")
     tokenizer, model = inputs.pretrained_model(config.init, config.model.to_dict(), inputs.prompting_of(config))
     if config.row_length > model.max_position:
         raise ValueError(f"row_length={config.row_length}: the model has model.max_position={model.max_position}")
     return Plan(
         seed=config.seed,
         steps=config.steps,
-        rows=rows,
+        rows=config.learner.rows,
         row_length=config.row_length,
         tokenizer=tokenizer,
         model=model,
-        loss=LossConfig(config.row_length, config.row_length, constant=1.0, micro_rows=micro),
+        loss=LossConfig(config.row_length, config.row_length, constant=1.0, micro_tokens=config.learner.micro_tokens),
         optimizer=OptimizerConfig(**config.learner.optimizer.to_dict(), decay_steps=config.steps),
     )
 

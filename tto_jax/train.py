@@ -286,7 +286,7 @@ def resumable(plan: Settings) -> tuple[str, ...]:
     The machine may, too: with what is computed where and at once the numbers change by rounding only.
     """
     steps = () if plan.optimizer.schedule == "cosine" else ("steps",)
-    machine = ("mesh", "learner.micro_rows", "rollout.segment")
+    machine = ("mesh", "learner.buckets", "learner.micro_tokens", "rollout.segment")
     return (*steps, *machine, "evaluation", "checkpoint", "log", "warm_start.cache", "data.eval", "task.verifier")
 
 
@@ -336,7 +336,7 @@ def describe(plan: Settings) -> str:
         f"{plan.rollout.answers} answers, {plan.rollout.slots or plan.rows} traces at a time; {plan.kv_bytes():,} "
         f"bytes of KV cache, split over mesh {plan.mesh}",
         "update": f"{plan.minibatches} minibatches of {plan.rows // plan.minibatches} rows of "
-        f"{plan.row_length} tokens; {plan.optimizer}",
+        f"{' or '.join(map(str, plan.loss.lengths))} tokens; {plan.optimizer}",
         "loss": plan.loss,
     }
     return "\n".join(f"{name:8} {value}" for name, value in lines.items())

@@ -43,7 +43,7 @@ def train(warm, settings: Settings) -> Params:
     task = settings.task
     length = data.demonstration_length(task)
     optimizer = OptimizerConfig(**warm.optimizer.to_dict(), decay_steps=warm.steps)
-    loss = LossConfig(num_targets=length - 1, num_states=length - 1, constant=1.0, micro_rows=warm.micro_rows)
+    loss = LossConfig(num_targets=length - 1, num_states=length - 1, constant=1.0, micro_tokens=warm.micro_tokens)
     state = learner.init_state(decoder.init_params(settings.model, warm.seed), optimizer)
     with Progress(warm.steps, name="warm start", every=max(warm.steps // 4, 1)) as progress:
         for step in range(warm.steps):

@@ -226,10 +226,43 @@ def test_several_trees_in_a_row(one_token):
 
 
 @pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
+def test_compact_rows_hold_the_same_at_their_own_length(one_token):
+    """Present tokens in front, in their order; with the other columns cut off nothing of what is trained changes."""
+    states = states_of(one_token)
+    for _case, rows, expected in cases(one_token)[:2]:
+        found, token = jax.device_get(jax.jit(token_tree.compact, static_argnums=1)(rows, states))
+        present = np.asarray(rows.tree)[:, :states] >= 0
+        longest, place = int(present.sum(1).max()), {}
+        for n, number in enumerate(present.sum(1)):
+            wanted = [*np.flatnonzero(present[n]), *np.flatnonzero(~present[n]), *range(states, rows.tree.shape[1])]
+            np.testing.assert_array_equal(token[n], wanted)
+            assert (found.tree[n, :number] >= 0).all() and (found.tree[n, number:states] < 0).all()
+            place |= {(n, int(old)): (n, new) for new, old in enumerate(wanted)}
+        assert longest < states
+        cut = jax.tree.map(lambda x: np.delete(x, np.arange(longest, states), axis=1), found)  # noqa: B023
+        shorter = lambda where: (where[0], where[1] - (states - longest) * (where[1] >= states))  # noqa: B023, E731
+        assert (cut.source < longest).all()
+        logprob, _ = learner.score_logprobs(MODEL, loss_config(longest), params(), cut)
+        assert_tokens(expected, cut, np.asarray(logprob), lambda where: shorter(place[where]))  # noqa: B023
+        again, _ = token_tree.compact(found, states)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), found)
+
+
+def test_empty_rows():
+    rows = jax.device_get(token_tree.empty_rows(cases(False)[0][1], jnp.asarray([False, True, True, False])))
+    whole = jax.device_get(cases(False)[0][1])
+    assert (rows.tree[1:3] == -1).all() and not rows.loss_mask[1:3].any()
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[[0, 3]], y[[0, 3]]), rows, whole)
+    mask = np.asarray(jax.vmap(token_tree.visible)(rows, rows))[1:3]
+    np.testing.assert_array_equal(mask, np.broadcast_to(np.eye(mask.shape[1], dtype=bool), mask.shape))
+
+
+@pytest.mark.parametrize("one_token", [False, True], ids=["answers", "one-token"])
 def test_padding_sees_itself_alone(one_token):
     """And nothing sees it: attention has nothing to compute for it."""
     for _case, rows, _ in cases(one_token)[:2]:
-        for some in (rows, token_tree.join_trees(rows, 2, token_tree.num_sequences(S, A))):
+        compact = token_tree.compact(rows, states_of(one_token))[0]
+        for some in (rows, compact, token_tree.join_trees(rows, 2, token_tree.num_sequences(S, A))):
             mask = np.asarray(jax.vmap(token_tree.visible)(some, some))
             padding = np.asarray(some.tree) < 0
             alone = np.broadcast_to(np.eye(mask.shape[1], dtype=bool), mask.shape)

@@ -53,6 +53,7 @@ OVERRIDES = {  # flags that change a field of the shape
     "new": (int, "sampled tokens of a trace"),
     "repeat": (int, "timed calls of each side"),
     "micro_tokens": (int, "tokens whose gradient is computed at a time, at most"),
+    "buckets": (int, "row lengths of an update whose traces end anywhere; 0: all traces are full"),
     "remat": (str, "what the backward recomputes: none, dots or full"),
 }
 OPTIONS = {

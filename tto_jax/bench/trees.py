@@ -1,7 +1,7 @@
 """Batches of trees to measure, and the same trees flattened: every branch a row of its own.
 
 Prompts, traces and answers are full: lengths are those of the shape, forks are the budgets, so that both sides have
-the same tokens to train and neither has padding.
+the same tokens to train and neither has padding. Only where it is asked for, traces end anywhere.
 """
 
 import dataclasses
@@ -93,16 +93,20 @@ def groups(sizes: Sizes) -> tuple[Group, ...]:
     return (*found, Group(last, slice(0, 1), True))
 
 
-def made(sizes: Sizes, vocabulary: int, group: int, seed: int = 0) -> tuple[Prompts, Traces, Answers, jax.Array]:
-    """Random prompts (N / group), traces, answers and forks, on the host."""
+def made(
+    sizes: Sizes, vocabulary: int, group: int, seed: int = 0, full: bool = True
+) -> tuple[Prompts, Traces, Answers, np.ndarray]:
+    """Random prompts (N / group), traces, answers and forks, on the host; traces of 1 .. C tokens if not `full`."""
     rng = np.random.default_rng(seed)
     lead = (sizes.rows, len(sizes.forks), sizes.answers)
     draw = lambda *shape: rng.integers(0, vocabulary, shape, dtype=np.int32)  # noqa: E731
     prompts = prompts_of(draw(sizes.rows // group, sizes.prompt))
-    full = np.full(sizes.rows, sizes.trace, np.int32)
+    length = np.full(sizes.rows, sizes.trace, np.int32)
+    if not full:
+        length = rng.integers(1, sizes.trace + 1, sizes.rows, dtype=np.int32)
     flags = np.zeros(sizes.rows, bool)
     likely = lambda *shape: np.full(shape, -np.log(vocabulary), np.float32)  # noqa: E731
-    traces = Traces(draw(sizes.rows, sizes.trace), likely(sizes.rows, sizes.trace), full, flags, flags)
+    traces = Traces(draw(sizes.rows, sizes.trace), likely(sizes.rows, sizes.trace), length, flags, flags)
     answers = Answers(
         tokens=draw(*lead, sizes.answer),
         logprob=likely(*lead, sizes.answer),
@@ -110,7 +114,13 @@ def made(sizes: Sizes, vocabulary: int, group: int, seed: int = 0) -> tuple[Prom
         forced=np.full(lead[:2], sizes.forced, np.int32),
         ended=np.zeros(lead, bool),
     )
-    return prompts, traces, answers, np.broadcast_to(np.asarray(sizes.forks, np.int32), lead[:2])
+    return prompts, traces, answers, np.minimum(np.asarray(sizes.forks, np.int32), length[:, None])
+
+
+def pairs(sizes: Sizes, length: np.ndarray, forks: np.ndarray) -> int:
+    """Pairs that see each other, of traces of i32[N] tokens and answers at forks i32[N,S]."""
+    of_branches = _triangle(sizes.prompt + forks.astype(np.int64), sizes.answer).sum()
+    return int(_triangle(0, sizes.prompt + length.astype(np.int64)).sum() + sizes.answers * of_branches)
 
 
 def prompts_of(tokens: np.ndarray) -> Prompts:
@@ -154,8 +164,3 @@ def _take(rows, index, untrained):
     plain = token_tree.sequences(taken.tokens, jnp.full(len(taken.tokens), index.shape[1]), trained)
     kept = ("advantage", "sampler_logprob", "old_logprob", "ref_logprob")
     return dataclasses.replace(plain, **{name: jnp.where(trained, getattr(taken, name), 0.0) for name in kept})
-
-
-def micro_rows(rows: int, length: int, tokens: int) -> int:
-    """Rows whose gradient is computed at a time: the most that divide all and hold at most `tokens` (at least one)."""
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= tokens))

@@ -1,4 +1,8 @@
-"""Target `update`: one optimizer step on packed rows; of trees, beside the same branches flattened into rows."""
+"""Target `update`: one optimizer step on packed rows.
+
+Of full trees it is measured beside the same branches flattened into rows; where traces end anywhere, of rows in
+buckets of lengths beside all rows at the longest.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +24,7 @@ from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.models.config import ModelConfig
 
 TAKES = ("hf", "attention", "logprobs", "only")
-OURS, FLATTENED = "tto_jax", "flattened"
+OURS, FLATTENED, ONE_BUCKET = "tto_jax", "flattened", "one bucket"
 # So small a rate that the parameters stay what they are up to rounding: the flattened side takes a step for every
 # length, and the objectives of both sides must agree.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-12, weight_decay=0.01)
@@ -44,6 +48,7 @@ class Shape:
     forced: int = 0  # inserted tokens of an answer
     cap: int = 0  # sampled ones
     group: int = 1  # traces of a prompt, which changes nothing here but the advantages
+    buckets: int = 0  # row lengths of trees whose traces end anywhere, uniformly; 0: all are full
 
     @property
     def sizes(self) -> Sizes:
@@ -57,8 +62,11 @@ SHAPES = {
     "small": Shape("small", 16, 128, 256, "float32", 3, 1536),
     "trunk": Shape("tiny", 4, 128, 1024, "float32", 3, 2048, forks=4, answers=4, forced=8, cap=24),
     "paper": Shape("1.5b", 8, 1024, 8000, "bfloat16", 3, 12_288, "full", 4, 4, forced=8, cap=118),
+    "lengths": Shape("tiny", 16, 128, 1024, "float32", 3, 2048, "none", 4, 4, forced=8, cap=24, buckets=3),
+    "paper_lengths": Shape("1.5b", 16, 1024, 8000, "bfloat16", 3, 12_288, "full", 4, 4, forced=8, cap=118, buckets=3),
     "ci": Shape("ci", 4, 8, 16, "float32", 2, 64),
     "ci_trunk": Shape("ci", 2, 8, 16, "float32", 2, 128, forks=2, answers=1, forced=3, cap=4),  # as in `iteration`
+    "ci_lengths": Shape("ci", 4, 8, 24, "float32", 2, 64, forks=2, answers=1, forced=3, cap=4, buckets=3),
 }
 
 
@@ -91,21 +99,25 @@ def run(shape: Shape, options: Options) -> Result:
 
     The flattened side has the same trained tokens: S A rows of prompt, trace up to the fork and one answer, those of
     one length together, without padding; it takes S + 1 optimizer steps, which is its only disadvantage beside the
-    repeated trunks. The objectives of both are compared.
+    repeated trunks. The objectives of both sides are compared. Raises ValueError for buckets of rows without forks.
     """
     loaded = models.find(shape.model, shape.dtype, shape.remat, options.hf)
     model, sizes = loaded.config, shape.sizes
-    rows = tree_rows(sizes, model, shape.group) if shape.forks else plain_rows(sizes, model)
-    batches = both(sizes, rows, shape.micro_tokens, options)
-    work = works(model, sizes, limits.update)
-    trained, state = sizes.rows * sizes.trained, Learner(model, loaded.params())
+    if shape.buckets:
+        rows, batches, work, sized = in_buckets(shape, model, options)
+    else:
+        rows = tree_rows(sizes, model, shape.group) if shape.forks else plain_rows(sizes, model)
+        batches = both(sizes, rows, shape.micro_tokens, options)
+        work, sized = works(model, sizes, limits.update), notes(model, sizes)
+    trained, state = int(rows.loss_mask.sum()), Learner(model, loaded.params())
     sides = [Side(name, functools.partial(state.update, part), work[name], trained) for name, part in batches.items()]
     wanted = chosen(sides, options)
     found = measure(wanted, shape.repeat)
     scale = float(jnp.abs(jnp.where(rows.loss_mask, rows.advantage, 0)).sum()) / constant(sizes)
     objectives = [side.call() for side in wanted] if len(wanted) > 1 else [0.0]
     difference = (max(objectives) - min(objectives)) / scale
-    return Result(found, ratios_to(found, {FLATTENED: OURS}), difference, TOLERANCE[shape.dtype], notes(model, sizes))
+    slower = ONE_BUCKET if shape.buckets else FLATTENED
+    return Result(found, ratios_to(found, {slower: OURS}), difference, TOLERANCE[shape.dtype], sized)
 
 
 def notes(model: ModelConfig, sizes: Sizes) -> dict:
@@ -130,6 +142,22 @@ def both(sizes: Sizes, rows: TokenTree, micro_tokens: int, options: Options) -> 
     return {OURS: packed, FLATTENED: flat}
 
 
+def in_buckets(shape: Shape, model: ModelConfig, options: Options) -> tuple[TokenTree, dict[str, Batches], dict, dict]:
+    """Trees whose traces end anywhere; the batches and the work of both sides, which is the same; notes."""
+    sizes = shape.sizes
+    if not shape.forks:
+        raise ValueError(f"--buckets={shape.buckets}: rows of several lengths are trees: choose --shape=lengths")
+    made = trees.made(sizes, model.vocab_size, shape.group, full=False)
+    rows = trees.packed(sizes, *made, trees.credit_of(sizes, shape.group))
+    config = loss_config(sizes, shape.micro_tokens, rows, sizes.trained, options)
+    number, pairs = int((rows.tree >= 0).sum()), trees.pairs(sizes, made[1].length, made[3])
+    work = limits.update(model, number, pairs, int(rows.loss_mask.sum()))
+    sides = {OURS: dataclasses.replace(config, buckets=shape.buckets), ONE_BUCKET: config}
+    batches = {name: [(config, rows)] for name, config in sides.items()}
+    sized = {"parameters": limits.parameters(model), "row lengths": list(sides[OURS].lengths)}
+    return rows, batches, dict.fromkeys(sides, work), sized
+
+
 def constant(sizes: Sizes) -> float:
     """The divisor of the summed objective, the same on both sides."""
     return float(sizes.rows * sizes.trained)
@@ -137,13 +165,12 @@ def constant(sizes: Sizes) -> float:
 
 def loss_config(sizes: Sizes, micro_tokens: int, rows: TokenTree, trained: int, options: Options) -> LossConfig:
     """Options of the loss on rows, each of which trains so many tokens."""
-    number, length = rows.tokens.shape
     kernels = {"attention": options.attention, "logprobs": options.logprobs}
     return LossConfig(
         num_targets=trained,
-        num_states=length,
+        num_states=rows.tokens.shape[1],
         constant=constant(sizes),
-        micro_rows=trees.micro_rows(number, length, micro_tokens),
+        micro_tokens=micro_tokens,
         **{key: value for key, value in kernels.items() if value},
     )
 

@@ -110,6 +110,32 @@ def _lone_padding(row: TokenTree) -> TokenTree:
     )
 
 
+def compact(rows: TokenTree, num_states: int) -> tuple[TokenTree, jax.Array]:
+    """The present tokens of the first `num_states` moved to the front of each row, in their order, padding behind.
+
+    The row's meaning stays: a row with n present tokens can be computed at any length from n on, as no source lies
+    beyond them. Tokens behind the first `num_states`, targets only, stay where they are. Returns the rows and
+    i32[N,L], where each token was.
+    """
+    length = rows.tree.shape[-1]
+    behind = jnp.arange(length) >= num_states
+    order = jnp.argsort(jnp.where(behind, 2, rows.tree < 0), axis=-1, stable=True)
+    place = jnp.argsort(order, axis=-1)  # where each token goes
+    source = jnp.take_along_axis(place, jnp.asarray(rows.source), axis=-1).astype(jnp.int32)
+    rows = dataclasses.replace(rows, source=jnp.where(rows.tree < 0, 0, source))
+    rows = jax.tree.map(lambda x: jnp.take_along_axis(jnp.asarray(x), order, axis=-1), rows)
+    return _lone_padding(rows), order.astype(jnp.int32)
+
+
+def empty_rows(rows: TokenTree, where: Array) -> TokenTree:
+    """Rows [N,L] of which those of `where` (bool[N]) are padding alone."""
+    where = where[:, None]
+    emptied = dataclasses.replace(
+        rows, tree=jnp.where(where, -1, rows.tree), loss_mask=jnp.where(where, False, rows.loss_mask)
+    )
+    return _lone_padding(emptied)
+
+
 def _trunk(prompt, prompt_length, trace, forks, advantage):
     """Prompt i32[P] and trace [C]."""
     (pad_p,), (pad_c,) = prompt.shape, trace.tokens.shape
