@@ -355,12 +355,15 @@ def test_an_update_computes_the_forward_twice_and_the_backward():
     assert found.cost.flops == pytest.approx(4 * layers - last + 4 * head, rel=0.02)
     kinds = {x.kind for x in found.cost.collectives}
     assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
-    # Its arguments are the parameters and moments, each chip a quarter, and the rows; small arrays are padded.
+    # Its arguments are the parameters and their gradient, each chip a quarter, and the rows; small arrays are padded.
     model = dataclasses.replace(plan.model, remat="none")
     weights = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: aot.learner.decoder.init_params(model, 0))))
-    sized = 3 * 4 * weights / 4 + aot.bytes_a_chip(aot.split_rows(pod.mesh, aot.packed_rows(plan, plan.rows // 2)))
+    batch = aot.parts(plan, pod.mesh)["update"].arguments[5]
+    sized = 2 * 4 * weights / 4 + aot.bytes_a_chip(batch)
     assert found.hbm_bytes.arguments == pytest.approx(sized, rel=0.05)
-    assert found.hbm_bytes.outputs < 0.05 * found.hbm_bytes.arguments, "the state is donated"
+    assert found.hbm_bytes.outputs < 0.05 * found.hbm_bytes.arguments, "the gradient is donated"
+    rows = aot.bytes_a_chip(aot.split_rows(pod.mesh, aot.packed_rows(plan, plan.rows)))
+    assert found.hbm_bytes.held == pytest.approx(2 * 4 * weights / 4 + rows, rel=0.05), "moments, and all rows"
     own = found.hbm_bytes
     assert own.total == own.arguments + own.outputs + own.temporaries + own.code + own.held
     assert found.bound_s == max(found.bounds.values()) == found.bounds[found.bound_by]
@@ -389,7 +392,7 @@ def test_thinking_on_tensor_shards():
     assert found.cost.flops >= 86 * 2 * rows * token
     cache = model.num_layers * 2 * rows * (kv / 2) * plan.rollout.trace_pad * 2
     assert found.cost.bytes >= 86 * (2 * token + cache), "every token reads the weights and the cache"
-    held = aot.parts(plan, pod.mesh)["update"].arguments[3]
+    held = aot.parts(plan, pod.mesh)["apply"].arguments[2]
     assert found.hbm_bytes.held == aot.bytes_a_chip(held), "the training state lies there while the rollout runs"
 
 
