@@ -370,6 +370,22 @@ def test_an_update_computes_the_forward_twice_and_the_backward():
 
 
 @needs_libtpu
+def test_flattened_branches_cost_what_their_tokens_do():
+    """The same traces at a time, each branch with its own prompt and trace."""
+    pod, config = compile_tpu.describe("v5e:2x2", 1, (1, -1, 1)), small(trace=128)
+    plan = compile_tpu.on(config, pod)
+    shared, flat = (
+        aot.compile_part(part, pod.mesh, pod.chip)
+        for part in (aot.parts(plan, pod.mesh)["update"], aot.flattened_update(plan, pod.mesh))
+    )
+    branches = plan.columns * plan.rollout.answers
+    longer = branches * (plan.prompt_pad + plan.rollout.trace_pad + plan.answer_pad) / plan.row_length
+    assert longer > 2 and flat.cost.flops > 0.8 * longer * shared.cost.flops
+    assert flat.hbm_bytes.temporaries > 1.5 * shared.hbm_bytes.temporaries
+    assert flat.calls == shared.calls
+
+
+@needs_libtpu
 def test_the_kernel_follows_the_platform_of_the_mesh():
     """Compiled on a machine with CPUs only, for TPUs: Mosaic calls, forward and backward, whose work is counted."""
     found, plan, _ = part_of("update", "v5e:2x2", small(trace=128, attention=""))

@@ -27,6 +27,7 @@ from tto_jax.models import decoding
 from tto_jax.settings import Settings
 
 PARTS = ("weights", "prefill", "think", "answers", "logprobs", "update", "apply")  # in the order of a step
+FLATTENED = "flattened"  # the update again, without shared trunks: for comparison, compiled only where it is named
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -147,6 +148,38 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
         ),
     )
     return {part.name: part for part in found}
+
+
+def flattened_update(plan: Settings, mesh: Mesh) -> Part:
+    """The update of as many traces at a time whose S A branches are rows of their own: prompt, trace, answer.
+
+    One trains the trace as well. Rows are as long as the longest.
+    """
+    model, branches = plan.model, plan.columns * plan.rollout.answers
+    length = plan.prompt_pad + plan.rollout.trace_pad + plan.answer_pad
+    shape = (plan.rows // plan.minibatches * branches, length)
+    tokens, mask = _array(jnp.int32, *shape), _array(bool, *shape)
+    rows = split_rows(mesh, jax.eval_shape(token_tree.sequences, tokens, _array(jnp.int32, shape[0]), mask))
+    per_part = plan.rows // plan.minibatches // sharding.row_shards(mesh)
+    loss = dataclasses.replace(
+        plan.loss,
+        num_targets=plan.rollout.trace_pad + plan.rollout.answer_cap,
+        num_states=length,
+        micro_tokens=plan.loss.micro_rows(per_part) * branches * length,
+        buckets=1,
+    )
+    state = _placed(mesh, learner.abstract_state(model, plan.optimizer), model.num_kv_heads)
+    with jax.set_mesh(mesh):
+        begun = functools.partial(learner.begin, learner.loss, model, loss)
+        batch, partial = _sorted(mesh, jax.eval_shape(begun, state.params, rows))
+    return Part(
+        FLATTENED,
+        learner.accumulate,
+        (learner.loss, model, loss, 0, state.params, batch, dataclasses.replace(partial, grads=state.params)),
+        calls=plan.minibatches,
+        held=bytes_a_chip(state.opt_state) + bytes_a_chip(rows),
+        most_trips=micro_batches(loss, batch),
+    )
 
 
 def micro_batches(loss: learner.LossConfig, batch: buckets.Sorted) -> int:

@@ -8,7 +8,8 @@ Needs libtpu, no TPU: pip install "tto-jax[tpu]". Compiles what a training step 
 laid out for the rollout), prefill, think (one segment), answers, logprobs, update (the gradient of one minibatch),
 apply (the optimizer). Bytes, FLOPs and bounds are those of one chip and one call, all rows as long as can be; a bound
 is what the work takes at the chip's peak, a run is slower. Exits with 1 if a part does not fit. --fit first searches
-learner.micro_tokens and model.remat for the fastest update that does.
+learner.micro_tokens and model.remat for the fastest update that does. --parts=update,flattened compiles beside the
+update one of the same traces whose branches are rows of their own.
 """
 
 import copy
@@ -37,7 +38,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"Chip and slice, such as {', '.join(tpu_chips.EXAMPLES)}.")
 _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, spanned by the mesh axis data.", lower_bound=1)
 _MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor; the same as --config.mesh.")
-_PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(aot.PARTS)}; default: all.")
+_PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(aot.PARTS)}; default: all of these. Or {aot.FLATTENED}.")
 _FIT = flags.DEFINE_bool("fit", False, "Search micro_tokens and remat for the fastest update that fits.")
 _TABLE = flags.DEFINE_string("table", None, "A folder of --json files, which are printed as one table.")
 _JSON = flags.DEFINE_string("json", None, "Where the rows are written, a JSON object a line.", allow_override=True)
@@ -76,8 +77,8 @@ def main(argv):
         )
     logging.set_verbosity(logging.WARNING)
     names = tuple(_PARTS.value or aot.PARTS)
-    if unknown := sorted(set(names) - set(aot.PARTS)):
-        raise app.UsageError(f"--parts={unknown}: choose from {aot.PARTS}")
+    if unknown := sorted(set(names) - {*aot.PARTS, aot.FLATTENED}):
+        raise app.UsageError(f"--parts={unknown}: choose from {(*aot.PARTS, aot.FLATTENED)}")
     config, rows = _CONFIG.value, []
     if _MESH.value:
         config.mesh = tuple(int(size) for size in _MESH.value)
@@ -90,6 +91,8 @@ def main(argv):
             print(f"chosen: --config.learner.micro_tokens={best['micro_tokens']} --config.model.remat={best['remat']}")
     plan = on(config, pod)
     found = aot.parts(plan, pod.mesh)
+    if aot.FLATTENED in names:
+        found[aot.FLATTENED] = aot.flattened_update(plan, pod.mesh)
     results = [show(config, plan, pod, found[name]) for name in names]
     print(closing(results))
     if _JSON.value:
