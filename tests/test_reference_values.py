@@ -35,8 +35,7 @@ def made():
     """A plan of the tiny model, and a rollout with forks at 0 and at budgets."""
     config = chain.get_config("brpo,two_digits,fast")
     plan = settings.build(config)
-    budget = {"micro_tokens": 4 * plan.row_length, "attention": "reference"}
-    loss = dataclasses.replace(plan.loss, temperature=TEMPERATURE, **budget)
+    loss = dataclasses.replace(plan.loss, temperature=TEMPERATURE, micro_tokens=64, attention="reference")
     plan = dataclasses.replace(
         plan, model=MODEL, rollout=CONFIG, loss=loss, prompt_pad=P, tokenizer=Words(), task=Words()
     )
