@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, data, grading, rollout, sharding
+from tto_jax import completions, data, episodes, grading, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
 from tto_jax.tasks import Problem
+from tto_jax.tasks.episodes import Delimiters
 
 STREAM = 0xE7A1  # keeps the evaluation's keys apart from training's
 MOST_ROWS = 256  # more do not make a rollout faster, and a part is what a kill can lose
@@ -39,6 +40,9 @@ class Options:
     temperature: float
     seed: int
     rows: int = 0  # most traces of one part; 0: see `default_rows`
+    rule: Delimiters | None = None  # cuts traces of at most the last budget at their episodes; None: at the budgets
+    start: bool = False  # answers before any thinking, too: a first column, whose forks are 0
+    ids: bool = False  # prompts and tokens are kept beside the texts
 
     def __post_init__(self):
         BudgetSchedule.from_prior(self.budgets)
@@ -52,6 +56,18 @@ class Options:
                 f"evaluation.temperature=0 with traces={self.traces}, answers={self.answers}: greedy samples are all "
                 "alike; choose 1 and 1, or a positive temperature"
             )
+
+    @property
+    def columns(self) -> int:
+        """S, forks of a trace."""
+        return self.start + (self.rule.size if self.rule else len(self.budgets))
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The budgets, and before them 0 if the start is asked for."""
+        schedule = BudgetSchedule.from_prior(self.budgets)
+        before = lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x])  # noqa: E731
+        return jax.tree.map(before, schedule) if self.start else schedule
 
     @classmethod
     def from_config(cls, config, rows: int = 0) -> "Options":
@@ -109,7 +125,7 @@ def default_rows(settings: Settings, options: Options, problems: int) -> int:
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
     one layer's attention scores of the answers (or of the prompt's prefill).
     """
-    model, size = settings.model, len(options.budgets) * options.answers
+    model, size = settings.model, options.columns * options.answers
     trunk = settings.prompt_pad + options.budgets[-1]
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
@@ -222,14 +238,8 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *[batch.prompts for batch in batches])
     on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
-    schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
     numbers = together[0].traces
-    if not warm and len(config.buckets) > 1:
-        rollout.compile_all(settings.model, config, params, on_device, key, schedule)
-    traces, forks, answers, _ = rollout.sample(
-        settings.model, config, params, on_device, key, schedule, numbers.start, poll
-    )
-    local = sharding.local_rows((traces, forks, answers))
+    local = sharding.local_rows(_rollout(settings, config, params, on_device, key, options, numbers.start, poll, warm))
     if not mine:
         return {}
 
@@ -240,9 +250,26 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     chosen = [problem for part in mine for problem in _of(part, problems)]
     graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
     names = [name for part in mine for name in _names(part, problems)]
+    if options.ids:
+        names = [name | {"prompt": problems[name["index"]].prompt} for name in names]
     length = np.repeat(prompts.length[rows], len(numbers))
-    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded))
+    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded, options.ids))
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
+
+
+def _rollout(settings, config, params, prompts, key, options, first_trace, poll, warm):
+    """Traces, forks and answers, on the devices."""
+    model = settings.model
+    if options.rule is None:
+        schedule = sharding.put(options.schedule)
+        if not warm and len(config.buckets) > 1:
+            rollout.compile_all(model, config, params, prompts, key, schedule)
+        return rollout.sample(model, config, params, prompts, key, schedule, first_trace, poll)[:3]
+    traces, trunk = rollout.sample_traces(model, config, params, prompts, key, first_trace, poll)
+    texts = sharding.local_rows((traces.tokens, traces.length))
+    forks = episodes.forks_at_delimiters(settings.tokenizer, options.rule, *texts, options.rule.size)
+    forks = sharding.put_rows(np.pad(forks, ((0, 0), (int(options.start), 0))))  # the start is at 0
+    return traces, forks, rollout.sample_answers(model, config, params, trunk, traces, forks, key)
 
 
 def _of(part: Part, problems: Sequence[Problem]) -> list[Problem]:
