@@ -210,14 +210,6 @@ def star(criterion: str, learning_rate: float) -> ConfigDict:
     return ConfigDict(
         {
             "problems": 0,  # sampled in an iteration, drawn anew for each; 0: all
-            "cuts": "budgets",  # traces are cut at the budgets, or at `episodes` of their texts, up to the last budget
-            "episodes": {  # see `tasks.episodes.Delimiters`
-                "markers": (),  # at the start of a paragraph; none: the paper's
-                "separator": "\n\n",  # of paragraphs
-                "gap": 2,  # paragraphs after a cut in which none follows
-                "max_cuts": 49,  # of a text
-                "group": 5,  # consecutive episodes that are made one
-            },
             "begin": "initial",  # fine-tuning begins with the initial model, as STaR's; or with the `current` one
             "select": {"criterion": criterion, "cut": criterion != "final", "ties": "all", "unfinished": False},
             "train_inserted": True,  # learned is what was inserted into kept responses, too: to stop by oneself

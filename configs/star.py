@@ -9,11 +9,11 @@
 Variants: a task (peak, chain, math), then perhaps `mrt` (default: MRT-STaR, traces cut at their best prefixes) or
 `plain` (STaR: whole traces with right answers), and for peak and chain `fast`, the small size: `peak,plain,fast`.
 
-Sampling is that of the sections `rollout` and `budgets`: group_size traces of a problem, answers before any thinking
-and at each cut: the budgets, or with `math` and `mrt` the ends of up to 10 episodes (49 cuts, five episodes made one).
-The numbers of `math` are those of MRT (arXiv 2503.07572): AdamW with 1e-6, weight decay 0.01, warm-up 0.1, 3 epochs,
-batch 256, G=4, temperature 0.9, prompts up to 4,096 tokens; how many iterations is our choice. Not run at scale. One
-device is enough for peak and chain; what `math` fits on depends on the model.
+Sampling is that of the sections `rollout`, `budgets` and `episodes`: group_size traces of a problem, answers before any
+thinking and at each cut: the budgets, or with `math` and `mrt` the ends of up to 10 episodes (49 cuts, five episodes
+made one). The numbers of `math` are those of MRT (arXiv 2503.07572): AdamW with 1e-6, weight decay 0.01, warm-up 0.1,
+3 epochs, batch 256, G=4, temperature 0.9, prompts up to 4,096 tokens; how many iterations is our choice. Not run at
+scale. One device is enough for peak and chain; what `math` fits on depends on the model.
 """
 
 from ml_collections import ConfigDict
@@ -36,10 +36,11 @@ def get_config(variant: str = "peak") -> ConfigDict:
     config.unlock()
     config.variant = {"mrt": "mrt_star", "plain": "star"}[methods[0]]
     config.steps = 3  # iterations
+    config.rollout.start = True  # progress begins with the score before any thinking
     config.star = common.star(CRITERIA[methods[0]], learning_rate=1e-6 if task == "math" else 1e-3)
     if task == "math":
         config.star.micro_rows = 1
-        config.star.cuts = "episodes" if methods[0] == "mrt" else "budgets"
+        config.episodes.rule = "delimiters" if methods[0] == "mrt" else "budgets"
         config.rollout.update({"group_size": 4, "temperature": 0.9})
         config.task.max_prompt_tokens = 4096
         config.task.prompting.style = "mrt"

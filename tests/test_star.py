@@ -142,7 +142,7 @@ def test_what_is_kept(whole, cache):
         assert row["kept/traces"] == len(kept) and row["kept/share"] == len(kept) / 32
         assert row["kept/length"] == np.mean([x["lengths"][1] for x in kept])
         means = [np.mean([[a["correct"] for a in line["answers"][s]] for line in sampled]) for s in range(3)]
-        np.testing.assert_allclose([row["score/start"], row["score/1"], row["score/2"]], means, rtol=1e-6)
+        np.testing.assert_allclose([row["score/start"], row["score/3"], row["score/6"]], means, rtol=1e-6)
         assert row["length/mean"] == np.mean([line["tokens"] for line in sampled])
 
 
@@ -238,8 +238,8 @@ def test_traces_are_cut_at_episodes(tmp_path, cache):
     """A check of peak is a label and two digits; here every label opens an episode, two at most."""
     markers = tuple("abc")
     changes = {"markers": markers, "separator": " ", "gap": 0, "max_cuts": 1, "group": 1}
-    changes = {f"star__episodes__{name}": value for name, value in changes.items()}
-    config = tiny(cache, steps=1, star__cuts="episodes", star__select__ties="shortest", **changes)
+    changes = {f"episodes__{name}": value for name, value in (changes | {"rule": "delimiters"}).items()}
+    config = tiny(cache, steps=1, star__select__ties="shortest", **changes)
     (row,) = run(tmp_path / "run", config)
     folder, cut = selected.folder_of(epath.Path(tmp_path / "run"), 1), 0
     for line in lines_of(folder, "sampling/completions/train/*.jsonl.gz"):
@@ -249,7 +249,7 @@ def test_traces_are_cut_at_episodes(tmp_path, cache):
         cut += bool(opened)
     kept = lines_of(folder, "responses.jsonl.gz")
     assert cut > 8 and len(kept) == len({x["index"] for x in kept}) == row["kept/traces"]
-    assert {"score/1", "score/2"} <= set(row) and "score/3" not in row
+    assert {"score/episode_1", "score/episode_2"} <= set(row) and "score/3" not in row
 
 
 def test_a_model_that_is_never_right(tmp_path, cache, monkeypatch):
@@ -317,7 +317,7 @@ def test_the_numbers_of_the_paper():
     assert (optimizer.learning_rate, optimizer.weight_decay, config.star.warmup) == (1e-6, 0.01, 0.1)
     assert (config.star.epochs, config.star.rows, config.rollout.group_size) == (3, 256, 4)
     assert (config.rollout.temperature, config.task.max_prompt_tokens) == (0.9, 4096)
-    assert (config.star.cuts, config.star.episodes.max_cuts, config.star.episodes.group) == ("episodes", 49, 5)
+    assert (config.episodes.rule, config.episodes.max_cuts, config.episodes.group) == ("delimiters", 49, 5)
     assert 24_000 < config.budgets.tokens[-1] + config.task.max_answer_tokens <= 24_576
 
 
@@ -346,8 +346,8 @@ def test_variants_that_do_not_exist(variant):
         ({"star__micro_rows": 3}, "star.micro_rows=3 does not divide star.rows=4"),
         ({"star__row_length": 200}, "star.row_length=200: the model has model.max_position=128"),
         ({"star__begin": "last"}, r"star.begin='last' is unknown: choose one of \('initial', 'current'\)"),
-        ({"star__cuts": "paragraphs"}, r"star.cuts='paragraphs' is unknown: choose one of \('budgets', 'episodes'\)"),
-        ({"star__episodes__group": 0}, "group=0"),
+        ({"rollout__start": False}, "rollout.start=False: progress begins with scores before any thinking"),
+        ({"episodes__rule": "words"}, "episodes.rule='words' is unknown: choose one of"),
         ({"star__warmup": 1.0}, r"star.warmup=1.0: a share of the steps in \[0, 1\)"),
         ({"star__select__criterion": "progress"}, "criterion='progress' is unknown: choose one of"),
         ({"star__select__criterion": "final"}, "STaR keeps whole traces"),

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, data, episodes, grading, rollout, sharding
+from tto_jax import completions, data, grading, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
 from tto_jax.tasks import Problem
-from tto_jax.tasks.episodes import Delimiters
 
 STREAM = 0xE7A1  # keeps the evaluation's keys apart from training's
 MOST_ROWS = 256  # more do not make a rollout faster, and a part is what a kill can lose
@@ -40,8 +39,6 @@ class Options:
     temperature: float
     seed: int
     rows: int = 0  # most traces of one part; 0: see `default_rows`
-    rule: Delimiters | None = None  # cuts traces of at most the last budget at their episodes; None: at the budgets
-    start: bool = False  # answers before any thinking, too: a first column, whose forks are 0
     ids: bool = False  # prompts and tokens are kept beside the texts
 
     def __post_init__(self):
@@ -56,18 +53,6 @@ class Options:
                 f"evaluation.temperature=0 with traces={self.traces}, answers={self.answers}: greedy samples are all "
                 "alike; choose 1 and 1, or a positive temperature"
             )
-
-    @property
-    def columns(self) -> int:
-        """S, forks of a trace."""
-        return self.start + (self.rule.size if self.rule else len(self.budgets))
-
-    @property
-    def schedule(self) -> BudgetSchedule:
-        """The budgets, and before them 0 if the start is asked for."""
-        schedule = BudgetSchedule.from_prior(self.budgets)
-        before = lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x])  # noqa: E731
-        return jax.tree.map(before, schedule) if self.start else schedule
 
     @classmethod
     def from_config(cls, config, rows: int = 0) -> "Options":
@@ -118,14 +103,14 @@ class Part:
     traces: range
 
 
-def default_rows(settings: Settings, options: Options, problems: int) -> int:
+def default_rows(settings: Settings, options: Options, problems: int, columns: int = 0) -> int:
     """Traces of a part: those that take about half of a device's memory, at most 256; at most an even share of
-    `problems` for each shard of the context's mesh.
+    `problems` for each shard of the context's mesh. columns: forks of a trace; 0: as many as budgets.
 
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
     one layer's attention scores of the answers (or of the prompt's prefill).
     """
-    model, size = settings.model, options.columns * options.answers
+    model, size = settings.model, (columns or len(options.budgets)) * options.answers
     trunk = settings.prompt_pad + options.budgets[-1]
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
@@ -162,6 +147,7 @@ def evaluate(
     problems: Sequence[Problem],
     options: Options,
     *,
+    cuts: rollout.Cuts | None = None,
     folder: epath.Path | None = None,
     on_part: Callable[[int, float], None] = lambda traces, accuracy: None,
     poll: Callable[[], None] = lambda: None,
@@ -173,6 +159,7 @@ def evaluate(
       params: of the model, on the context's mesh. With several processes it has all their devices.
       problems: at least one; their prompts fit.
       options: what is sampled.
+      cuts: where traces of at most the last budget are cut; None: at the budgets.
       folder: where the completions are kept, of all processes. Parts that are there are read back, not sampled again.
       on_part: called after every part with its number of traces and its accuracy at the last budget.
       poll: called between the segments of a rollout and at its end; what it raises ends the evaluation.
@@ -182,7 +169,8 @@ def evaluate(
     """
     if not len(problems):
         raise ValueError("there are no problems to evaluate")
-    rows = options.rows or default_rows(settings, options, len(problems))
+    cuts = cuts or rollout.Cuts(BudgetSchedule.from_prior(options.budgets))
+    rows = options.rows or default_rows(settings, options, len(problems), cuts.size)
     # Whole before anything else is begun: collectives of two programs may meet in another order on another process.
     params = jax.block_until_ready(rollout.weights(settings.model, params))
     plan = list(parts(len(problems), options.traces, rows))
@@ -209,7 +197,7 @@ def evaluate(
     for together in rounds(todo, sharding.whole_rows(1)):
         begin = time.perf_counter()
         warm = together[0] is not todo[0]
-        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, poll, warm)
+        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, cuts, poll, warm)
         for number, lines in mine.items() if folder else ():
             completions.write(completions.part_path(folder, number), lines)
         everyone = completions.gather(mine)
@@ -221,7 +209,7 @@ def evaluate(
     return _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
 
 
-def _sample(settings, config, params, problems, together, size, options, poll, warm) -> dict[int, list[dict]]:
+def _sample(settings, config, params, problems, together, size, options, cuts, poll, warm) -> dict[int, list[dict]]:
     """The lines of those parts of a round that this process has, by number.
 
     Every shard has room for `size` problems; repeated problems, traces and parts only fill it. Unless `warm`, what
@@ -238,8 +226,14 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *[batch.prompts for batch in batches])
     on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
+    cuts = dataclasses.replace(cuts, schedule=sharding.put(cuts.schedule))
     numbers = together[0].traces
-    local = sharding.local_rows(_rollout(settings, config, params, on_device, key, options, numbers.start, poll, warm))
+    if not warm and len(config.buckets) > 1:
+        rollout.compile_all(settings.model, config, params, on_device, key, cuts)
+    traces, forks, answers, _ = rollout.sample(
+        settings.model, config, params, on_device, key, cuts, numbers.start, poll
+    )
+    local = sharding.local_rows((traces, forks, answers))
     if not mine:
         return {}
 
@@ -255,21 +249,6 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     length = np.repeat(prompts.length[rows], len(numbers))
     lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded, options.ids))
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
-
-
-def _rollout(settings, config, params, prompts, key, options, first_trace, poll, warm):
-    """Traces, forks and answers, on the devices."""
-    model = settings.model
-    if options.rule is None:
-        schedule = sharding.put(options.schedule)
-        if not warm and len(config.buckets) > 1:
-            rollout.compile_all(model, config, params, prompts, key, schedule)
-        return rollout.sample(model, config, params, prompts, key, schedule, first_trace, poll)[:3]
-    traces, trunk = rollout.sample_traces(model, config, params, prompts, key, first_trace, poll)
-    texts = sharding.local_rows((traces.tokens, traces.length))
-    forks = episodes.forks_at_delimiters(settings.tokenizer, options.rule, *texts, options.rule.size)
-    forks = sharding.put_rows(np.pad(forks, ((0, 0), (int(options.start), 0))))  # the start is at 0
-    return traces, forks, rollout.sample_answers(model, config, params, trunk, traces, forks, key)
 
 
 def _of(part: Part, problems: Sequence[Problem]) -> list[Problem]:

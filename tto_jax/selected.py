@@ -19,9 +19,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tto_jax import completions, examples
+from tto_jax import completions, diagnostics, examples
 from tto_jax.core import anytime, selection
+from tto_jax.core.types import Scores
 from tto_jax.evaluation import Evaluation
+from tto_jax.settings import Settings
 from tto_jax.tokenizer import Tokenizer
 
 RESPONSES, RECORD = "responses.jsonl.gz", "selection.json"
@@ -48,11 +50,12 @@ def exists(folder: epath.Path) -> bool:
     return (folder / RECORD).exists()
 
 
-def write(folder: epath.Path, tokenizer: Tokenizer, sampled: Evaluation, rule: selection.Rule) -> None:
+def write(folder: epath.Path, settings: Settings, sampled: Evaluation, rule: selection.Rule) -> None:
     """Selects, and writes the responses and then what says that they are whole. With several processes all must call.
 
     Args:
       folder: of the iteration; its completions have their ids.
+      settings: of the sampling.
       sampled: scores of these completions; the first column is the start.
       rule: which traces are kept.
 
@@ -67,12 +70,12 @@ def write(folder: epath.Path, tokenizer: Tokenizer, sampled: Evaluation, rule: s
             f"{folder}: none of the {chosen.kept.size:,} traces can be kept by {rule}: no answer is right; "
             "sample more problems or traces (star.problems, rollout.group_size), or start from a better model"
         )
-    row = metrics(sampled, chosen)
+    row = metrics(settings, sampled, chosen)
     if jax.process_index() == 0:
         kept = [
             response
             for part in map(completions.read, parts(folder))
-            for response in _responses(part, tokenizer, chosen)
+            for response in _responses(part, settings.tokenizer, chosen)
         ]
         completions.write(folder / RESPONSES, kept)
         record = {"responses": len(kept), "sha256": _sha256(folder / RESPONSES), "row": row}
@@ -83,19 +86,16 @@ def write(folder: epath.Path, tokenizer: Tokenizer, sampled: Evaluation, rule: s
         multihost_utils.sync_global_devices("selected")
 
 
-def metrics(sampled: Evaluation, chosen: selection.Selection) -> dict:
-    """What an iteration says of its samples: scores at the start and at each cut, from 1; progress, what was kept."""
+def metrics(settings: Settings, sampled: Evaluation, chosen: selection.Selection) -> dict:
+    """What an iteration says of its samples: scores at the start and at each cut, progress, what was kept."""
     correct, forks = sampled.correct[:, :, 1:], sampled.forks[:, :, 1:]
+    scores, after = Scores(sampled.correct, sampled.formatted), sampled.inserted[..., None] + sampled.answer_length
     values = np.asarray(anytime.pooled_accuracy(correct, forks))
     start = sampled.correct[:, :, 0].mean()
     length = np.take_along_axis(forks, chosen.column[..., None], axis=-1)[..., 0]
     row = {
-        "score/start": start,
-        **{f"score/{s}": column.mean() for s, column in enumerate(np.moveaxis(correct, 2, 0), 1)},
-        "score/anytime": correct.mean(),
-        "formatted": sampled.formatted.mean(),
-        "unfinished": 1.0 - sampled.ended.mean(),
-        "length/mean": sampled.length.mean(),
+        **diagnostics.rollout_metrics(scores, sampled.length, sampled.ended, sampled.forks, settings.names, start=True),
+        **diagnostics.progress_metrics(sampled.correct, sampled.forks, sampled.prompt_length, after, settings),
         "progress/mean": values[..., -1].mean() - start,
         "progress/best": values.max(axis=-1).mean() - start,
         "kept/traces": int(chosen.kept.sum()),
@@ -105,7 +105,7 @@ def metrics(sampled: Evaluation, chosen: selection.Selection) -> dict:
         "kept/progress": chosen.progress[chosen.kept].mean(),
         "sampled/tokens": sampled.tokens,
     }
-    return {name: np.asarray(value).item() for name, value in row.items()}
+    return {name: None if value is None else np.asarray(value).item() for name, value in row.items()}
 
 
 def _responses(lines: Sequence[dict], tokenizer: Tokenizer, chosen: selection.Selection) -> list[dict]:

@@ -40,7 +40,6 @@ from tto_jax.learner import OptimizerConfig, decoder
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
 from tto_jax.tasks import Problem
-from tto_jax.tasks.episodes import MARKERS, Delimiters
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, such as configs/star.py:peak.", lock_config=True, allow_override=True
@@ -49,7 +48,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: iterations
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print sizes, then stop.", allow_override=True)
 
 BEGINNINGS = ("initial", "current")
-CUTS = ("budgets", "episodes")
 OVERRIDABLE = (
     *("steps", "mesh", "star.micro_rows", "rollout.segment", "evaluation", "checkpoint", "log"),
     *("learner", "warm_start.cache", "data.eval", "task.verifier"),
@@ -111,17 +109,15 @@ def build(config, *, need_model: bool = True) -> Plan:
     for name, least in (("problems", 0), ("epochs", 1), ("rows", 1), ("row_length", 0)):
         if star[name] < least:
             raise ValueError(f"star.{name}={star[name]}: it must be at least {least}")
-    for name, choices in (("begin", BEGINNINGS), ("cuts", CUTS)):
-        if star[name] not in choices:
-            raise ValueError(f"star.{name}={star[name]!r} is unknown: choose one of {choices}")
+    if star.begin not in BEGINNINGS:
+        raise ValueError(f"star.begin={star.begin!r} is unknown: choose one of {BEGINNINGS}")
+    if not config.rollout.start:
+        raise ValueError("rollout.start=False: progress begins with scores before any thinking; choose True")
     if not 0 <= star.warmup < 1:
         raise ValueError(f"star.warmup={star.warmup}: a share of the steps in [0, 1), such as 0.1")
     if not inputs.is_pretrained(config) and star.problems > config.data.problems:
         raise ValueError(f"star.problems={star.problems} exceeds data.problems={config.data.problems}: choose 0 (all)")
     rule = selection.Rule(**star.select.to_dict())
-    delimiters = star.episodes.to_dict()
-    delimiters["markers"] = tuple(delimiters["markers"]) or MARKERS
-    delimiters = Delimiters(**delimiters)
     sampling = settings.build(config, need_model=need_model)
     longest = sampling.prompt_pad + sampling.rollout.trace_pad + sampling.answer_pad
     length, micro = star.row_length or longest, star.micro_rows
@@ -137,8 +133,6 @@ def build(config, *, need_model: bool = True) -> Plan:
             answers=config.rollout.answers,
             temperature=config.rollout.temperature,
             seed=0,
-            rule=delimiters if star.cuts == "episodes" else None,
-            start=True,
             ids=True,
         ),
         rule=rule,
@@ -197,7 +191,7 @@ def run(config, plan: Plan, workdir: epath.Path) -> None:
                 sampled = sample(config, plan, mesh, chosen, params, seed, folder, iteration)
                 if sampled is None:
                     return
-                selected.write(folder, plan.sampling.tokenizer, sampled, plan.rule)
+                selected.write(folder, plan.sampling, sampled, plan.rule)
             begin = initial if plan.from_initial else functools.partial(lambda current: current, params)
             del params  # the fine-tuning needs the room
             after = fine_tune(plan, mesh, begin, seed, folder, iteration)
@@ -232,14 +226,15 @@ def sample(
 
     Parts that lie in the folder are not sampled again.
     """
-    where = folder / "sampling"
+    where, sampling = folder / "sampling", plan.sampling
     rows = completions.kept_rows(where)
     bar = metrics.Progress(len(problems) * plan.options.traces, name=f"iteration {iteration}: sample")
     # Every part is safe once it is written: a notice may end the page at any moment.
     with preemption.Notice(may_end=lambda: True) as stop, sharding.use(mesh), bar:
-        rows = rows or evaluation.default_rows(plan.sampling, plan.options, len(problems))
+        rows = rows or evaluation.default_rows(sampling, plan.options, len(problems), sampling.columns)
         options = dataclasses.replace(plan.options, seed=seed, rows=rows)
-        identity = completions.identity(plan.sampling, params, {"train": problems}, options, config.task.to_dict())
+        about = config.task.to_dict() | {"episodes": config.episodes.to_dict()}
+        identity = completions.identity(sampling, params, {"train": problems}, options, about)
         distributed.check_same({"sampling": str(identity)})
         completions.claim(where, identity)
         done = 0
@@ -251,10 +246,11 @@ def sample(
 
         try:
             return evaluation.evaluate(
-                plan.sampling,
+                sampling,
                 params,
                 problems,
                 options,
+                cuts=sampling.cuts(sampling.schedule),
                 folder=selected.completions_in(folder),
                 on_part=on_part,
                 poll=functools.partial(stop.check, "sampling"),
@@ -320,7 +316,7 @@ def describe(plan: Plan) -> str:
     lines = {
         "task": sampling.task,
         "sampling": f"{plan.problems or 'all'} problems x {options.traces} traces x {options.answers} answers before "
-        f"thinking and at {options.rule or list(options.budgets)}, up to {options.budgets[-1]} tokens, temperature "
+        f"thinking and at {', '.join(sampling.names)}, up to {options.budgets[-1]} tokens; temperature "
         f"{options.temperature}",
         "selection": plan.rule,
         "fitting": f"{plan.epochs} epochs of {fitting.rows} rows of {fitting.row_length} tokens, from the "
