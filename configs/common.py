@@ -214,6 +214,26 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
     return config
 
 
+def star(criterion: str, learning_rate: float) -> ConfigDict:
+    """What `python -m tto_jax.star` has beside sampling; `criterion`: see `core.selection.Rule`."""
+    adamw = optimizer(learning_rate=learning_rate, weight_decay=0.01)
+    del adamw["warmup_steps"]  # follow from `warmup`
+    return ConfigDict(
+        {
+            "problems": 0,  # sampled in an iteration, drawn anew for each; 0: all
+            "begin": "initial",  # fine-tuning begins with the initial model, as STaR's; or with the `current` one
+            "select": {"criterion": criterion, "cut": criterion != "final", "ties": "all", "unfinished": False},
+            "train_inserted": True,  # learned is what was inserted into kept responses, too: to stop by oneself
+            "epochs": 3,  # of the kept responses, in an iteration
+            "rows": 256,  # of a step
+            "micro_tokens": 0,  # tokens of each part of the mesh whose gradient is computed at a time; 0: all
+            "row_length": 0,  # tokens; longer responses are left out; 0: as long as any response can be
+            "warmup": 0.1,  # share of the steps
+            "optimizer": adamw,
+        }
+    )
+
+
 def optimizer(**given) -> dict:
     """AdamW after a clip of the global norm; see `learner.OptimizerConfig`."""
     defaults = {

@@ -36,7 +36,7 @@ def get_config(variant: str = "online") -> ConfigDict:
     config.task.prompting = common.prompting("mrt")
     config.rollout.update({"problems": ROWS // GROUP, "group_size": GROUP, "temperature": 0.9})
     config.steps = r1.PROBLEMS // config.rollout.problems
-    config.learner.update({"minibatches": 1, "micro_rows": 1, "tokens_per_row": LONGEST})
+    config.learner.update({"minibatches": 1, "micro_tokens": LONGEST, "tokens_per_row": LONGEST})
     config.learner.optimizer.update({"schedule": "cosine", "warmup_steps": config.steps // 10})
     config.evaluation.budgets = tuple(range(1024, LONGEST + 1, 1024))
     config.evaluation.update({"traces": 16, "problems": 15, "every": 100})

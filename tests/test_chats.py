@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
-from tto_jax import chats, learner
+from tto_jax import chats, examples, learner
 from tto_jax.core import token_tree
 from tto_jax.learner import LossConfig
 from tto_jax.models import decoder
@@ -113,7 +113,7 @@ def test_no_files(tmp_path):
 def random_examples(seed=0, number=23, most=12):
     rng = np.random.default_rng(seed)
     tokens = tuple(rng.integers(1, len(WORDS), n).astype(np.int32) for n in rng.integers(2, most, number))
-    return chats.Examples(tokens, tuple(np.arange(row.size) >= 1 + row.size // 3 for row in tokens), 0, "")
+    return examples.Examples(tokens, tuple(np.arange(row.size) >= 1 + row.size // 3 for row in tokens), 0, "")
 
 
 def unpacked(batch):
@@ -127,27 +127,34 @@ def unpacked(batch):
 
 
 def test_rows_hold_every_example_whole_and_once_an_epoch():
-    examples = random_examples()
-    wanted = collections.Counter(
-        (tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(examples.tokens, examples.trained)
-    )
-    batches = chats.evaluation_rows(examples, 4, 16)
+    given = random_examples()
+    wanted = collections.Counter((tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(given.tokens, given.trained))
+    batches = examples.evaluation_rows(given, 4, 16)
     assert all(batch.tokens.shape == (4, 16) for batch in batches)
     assert collections.Counter(x for batch in batches for x in unpacked(batch)) == wanted
-    rows, seen = chats.training_rows(examples, 2, 16, seed=1), []
+    rows, seen = examples.training_rows(given, 2, 16, seed=1), []
     while len(seen) < 3 * 23:
         seen += unpacked(next(rows))
     counts = collections.Counter(seen)
     assert counts.keys() == wanted.keys() and max(counts.values()) - min(counts.values()) <= 2
 
 
+def test_a_given_number_of_epochs():
+    given = random_examples()
+    batches = list(examples.training_rows(given, 4, 16, seed=1, epochs=3))
+    assert {batch.tokens.shape for batch in batches} == {(4, 16)}
+    counts = collections.Counter(tokens for batch in batches for tokens, _ in unpacked(batch))
+    wanted = collections.Counter(tuple(row.tolist()) for row in given.tokens)
+    assert counts == {tokens: 3 * number for tokens, number in wanted.items()}
+
+
 def test_the_cursor_goes_on_where_it_was():
-    rows = chats.training_rows(random_examples(), 3, 16, seed=5)
+    rows = examples.training_rows(random_examples(), 3, 16, seed=5)
     for _ in range(3):
         next(rows)
     state = json.loads(json.dumps(rows.get_state()))
     expected = [next(rows) for _ in range(4)]
-    again = chats.training_rows(random_examples(), 3, 16, seed=5)
+    again = examples.training_rows(random_examples(), 3, 16, seed=5)
     again.set_state(state)
     for a in expected:
         jax.tree.map(np.testing.assert_array_equal, a, next(again))
@@ -156,14 +163,14 @@ def test_the_cursor_goes_on_where_it_was():
 def test_packed_rows_have_the_logprobs_of_lone_sequences():
     model = ModelConfig(len(WORDS), 16, 2, 2, 1, 8, 24, 32)
     params = jax.tree.map(lambda x: 3.0 * x, decoder.init_params(model, 0))
-    examples = random_examples(2, 9)
+    given = random_examples(2, 9)
     config = LossConfig(16, 16, constant=1.0)
     alone = {}
-    for tokens, trained in zip(examples.tokens, examples.trained):
+    for tokens, trained in zip(given.tokens, given.trained):
         padded = np.pad(tokens, (0, 16 - tokens.size))[None]
         lone = token_tree.sequences(padded, [tokens.size], np.pad(trained, (0, 16 - tokens.size))[None])
         alone[tuple(tokens.tolist())] = np.asarray(learner.score_logprobs(model, config, params, lone)[0])[0]
-    for batch in chats.evaluation_rows(examples, 4, 16):
+    for batch in examples.evaluation_rows(given, 4, 16):
         logprob = np.asarray(learner.score_logprobs(model, config, params, batch)[0])
         for n, tree in enumerate(batch.tree):
             for number in range(tree.max() + 1):

@@ -38,8 +38,12 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
             for name in (
                 "distributed",
                 "inputs",
+                "selected",
+                "solutions",
                 "chats",
                 "crediting",
+                "examples",
+                "supervised",
                 "episodes",
                 "math_task",
                 "pretrained",
@@ -51,8 +55,10 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
         ),
         4,
     ),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu", "sft")), 5),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data")), 5),
+    **dict.fromkeys(
+        (f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu", "sft", "star")), 5
+    ),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data", "backtracking")), 5),
 }
 ONLY = {  # what these may import beside the standard library
     "tto_jax": (),

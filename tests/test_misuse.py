@@ -96,9 +96,21 @@ def in_process(title, module, arguments, *said, prepare=lambda folder: None):
             with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
                 page.main([word.replace("FOLDER", str(folder)) for word in arguments.split()])
         except SystemExit as error:
-            raise Refused(text.getvalue()) from error
+            raise Refused(f"{text.getvalue()}{error.code}") from error
 
     return Misuse(title, f"python -m {module} {arguments}", said, run, prepare)
+
+
+def star_option(title, options, *said):
+    """Options of the page of STaR."""
+
+    def run(folder):
+        from tto_jax import star
+
+        star.build(parsed("star.py:peak,fast", *typed))
+
+    typed = [f"--config.{x}" for x in options.split()]
+    return Misuse(title, " ".join(["python -m tto_jax.star --config=configs/star.py:peak,fast", *typed]), said, run)
 
 
 def claim(folder: Path) -> None:
@@ -355,6 +367,31 @@ MISUSES = (
         "samples at every 0th step",
         "log.samples_every=0",
         *("log.samples_every=0", "at least 1"),
+    ),
+    # STaR and backtracking.
+    option("a task that STaR does not have", "", "'chess'", "choose one of", "'chain'", experiment="star.py:chess"),
+    star_option("a criterion that does not exist", "star.select.criterion=regret", "'regret'", UNKNOWN, "'total'"),
+    star_option(
+        "fine-tuning that begins nowhere",
+        "star.begin=last",
+        *("star.begin='last'", UNKNOWN, "('initial', 'current')"),
+    ),
+    star_option(
+        "more problems than there are",
+        "star.problems=20000",
+        *("star.problems=20000", "data.problems=16384", "choose 0 (all)"),
+    ),
+    in_process(
+        "backtracking without samples",
+        "tto_jax.backtracking",
+        "--run=FOLDER/run --scheme=tree --out=FOLDER/x",
+        *("--run=FOLDER/run", "no config.json", "python -m tto_jax.star"),
+    ),
+    in_process(
+        "a scheme of backtracking that does not exist",
+        "tto_jax.backtracking",
+        "--run=FOLDER/run --scheme=forest --out=FOLDER/x",
+        *("'forest'", "choose from", "stitched"),
     ),
     # Folders.
     Misuse(

@@ -56,8 +56,8 @@ def config_of(model_dir, files, **changes):  # noqa: F811
 
 
 def run(workdir, config):
-    plan = sft.build(config)
-    train, held_out = (sft.read(config.data[name], plan) for name in ("train", "eval"))
+    tokenizer, plan = sft.build(config)
+    train, held_out = (sft.read(config.data[name], tokenizer, plan.row_length) for name in ("train", "eval"))
     sft.fit(config, plan, train, held_out, epath.Path(workdir))
     return metrics.read_rows(workdir)
 
@@ -100,7 +100,7 @@ def test_other_data_than_the_cursor_means(whole, tmp_path, model_dir, files):  #
     config = config_of(model_dir, files, data__train=(str(changed),))
     run(tmp_path / "run", config)
     changed.write_text((files / "train.jsonl").read_text())
-    with pytest.raises(ValueError, match="has changed since step 6"):
+    with pytest.raises(ValueError, match="have changed since step 6"):
         run(tmp_path / "run", config)
 
 

@@ -13,6 +13,8 @@ are then. One line a trace:
     answers                at each budget, one object an answer: text, answer (as extracted, in normal form; empty:
                            none), correct (the score, 0 or 1), formatted, tokens (sampled, EOS included), how (what
                            judged it: text, symbolic, timeout, crash)
+    prompt, ids            only where they are asked for: the problem's text, and the tokens of the trace; an answer has
+                           ids, too: the inserted tokens, then the sampled ones
 """
 
 import dataclasses
@@ -55,6 +57,7 @@ def lines(
     forks: np.ndarray,
     answers: Answers,
     graded: Graded,
+    ids: bool = False,
 ) -> list[dict]:
     """The lines of N traces.
 
@@ -64,15 +67,19 @@ def lines(
       prompt_length: i32[N].
       traces, forks, answers: N rows of the rollout, on the host.
       graded: of these rows, [B, G, S, A] with B G = N.
+      ids: tokens are kept beside texts.
     """
     shape = np.shape(answers.length)  # [N, S, A]
     text_of, verdict_of = graded.text_of.reshape(shape), graded.verdict_of.reshape(shape)
     correct, formatted = graded.scores.correct.reshape(shape), graded.scores.formatted.reshape(shape)
     sampled = answers.length - answers.forced[..., None]
 
+    def tokens(row, length) -> dict:
+        return {"ids": row[:length].tolist()} if ids else {}
+
     def answer(at) -> dict:
         verdict = graded.verdicts[verdict_of[at]]
-        return {
+        return tokens(answers.tokens[at], answers.length[at]) | {
             "text": graded.texts[text_of[at]],
             "answer": verdict.answer,
             "correct": int(correct[at]),
@@ -83,6 +90,7 @@ def lines(
 
     return [
         name
+        | tokens(traces.tokens[n], traces.length[n])
         | {
             "prompt_tokens": int(prompt_length[n]),
             "tokens": int(traces.length[n]),
@@ -148,8 +156,11 @@ def gather(mine: dict[int, list[dict]]) -> dict[int, list[dict]]:
         return mine
 
     def short(line: dict) -> dict:
-        answers = [[{**answer, "text": ""} for answer in column] for column in line["answers"]]
-        return {**line, "text": "", "answers": answers}
+        return {
+            key: [[short(answer) for answer in column] for column in value] if key == "answers" else value
+            for key, value in line.items()
+            if key not in ("text", "ids", "prompt")
+        }
 
     everyone = _gather([[number, [short(line) for line in found]] for number, found in mine.items()])
     return {number: found for theirs in everyone for number, found in theirs}
@@ -171,6 +182,12 @@ def claimed(folder: epath.Path) -> dict | None:
     """The identity of the parts in `folder/completions`, as `claim` wrote it; None if there are no parts."""
     path = folder / "options.json"
     return json.loads(path.read_text()) if path.exists() and any(folder.glob("completions/*/*.jsonl.gz")) else None
+
+
+def kept_rows(folder: epath.Path) -> int:
+    """The rows of the parts that lie in `folder`, so that an evaluation goes on with them; 0 if there are none."""
+    have = claimed(folder)
+    return have["options"]["rows"] if have else 0
 
 
 def claim(folder: epath.Path, identity: dict) -> None:

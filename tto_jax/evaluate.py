@@ -115,7 +115,7 @@ def main(argv):
             params, step = load(subject, plan, mesh)
             stop.check("load")
             largest = max(map(len, problems.values()))
-            rows = _ROWS.value or kept_rows(folder) or evaluation.default_rows(plan, options, largest)
+            rows = _ROWS.value or completions.kept_rows(folder) or evaluation.default_rows(plan, options, largest)
             options = dataclasses.replace(options, rows=rows)
             identity = completions.identity(plan, params, problems, options, config.task.to_dict())
             distributed.check_same({"evaluation": json.dumps(identity, sort_keys=True)})
@@ -253,12 +253,6 @@ def load(subject: Subject, plan: settings.Settings, mesh):
         raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no checkpoint: train the run first")
     like = sharding.abstract(mesh, like, kv_heads)
     return checkpoint.restore_params(workdir / "checkpoints", like, _STEP.value)
-
-
-def kept_rows(folder: epath.Path) -> int:
-    """The rows of the parts that lie in `folder`, so that an evaluation goes on with them; 0 if there are none."""
-    claimed = completions.claimed(folder)
-    return claimed["options"]["rows"] if claimed else 0
 
 
 def sample(

@@ -39,6 +39,7 @@ class Options:
     temperature: float
     seed: int
     rows: int = 0  # most traces of one part; 0: see `default_rows`
+    ids: bool = False  # prompts and tokens are kept beside the texts
 
     def __post_init__(self):
         BudgetSchedule.from_prior(self.budgets)
@@ -102,14 +103,14 @@ class Part:
     traces: range
 
 
-def default_rows(settings: Settings, options: Options, problems: int) -> int:
+def default_rows(settings: Settings, options: Options, problems: int, columns: int = 0) -> int:
     """Traces of a part: those that take about half of a device's memory, at most 256; at most an even share of
-    `problems` for each shard of the context's mesh.
+    `problems` for each shard of the context's mesh. columns: forks of a trace; 0: as many as budgets.
 
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
     one layer's attention scores of the answers (or of the prompt's prefill).
     """
-    model, size = settings.model, len(options.budgets) * options.answers
+    model, size = settings.model, (columns or len(options.budgets)) * options.answers
     trunk = settings.prompt_pad + options.budgets[-1]
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
@@ -146,6 +147,7 @@ def evaluate(
     problems: Sequence[Problem],
     options: Options,
     *,
+    cuts: rollout.Cuts | None = None,
     folder: epath.Path | None = None,
     on_part: Callable[[int, float], None] = lambda traces, accuracy: None,
     poll: Callable[[], None] = lambda: None,
@@ -157,6 +159,7 @@ def evaluate(
       params: of the model, on the context's mesh. With several processes it has all their devices.
       problems: at least one; their prompts fit.
       options: what is sampled.
+      cuts: where traces of at most the last budget are cut; None: at the budgets.
       folder: where the completions are kept, of all processes. Parts that are there are read back, not sampled again.
       on_part: called after every part with its number of traces and its accuracy at the last budget.
       poll: called between the segments of a rollout and at its end; what it raises ends the evaluation.
@@ -166,7 +169,8 @@ def evaluate(
     """
     if not len(problems):
         raise ValueError("there are no problems to evaluate")
-    rows = options.rows or default_rows(settings, options, len(problems))
+    cuts = cuts or rollout.Cuts(BudgetSchedule.from_prior(options.budgets))
+    rows = options.rows or default_rows(settings, options, len(problems), cuts.size)
     # Whole before anything else is begun: collectives of two programs may meet in another order on another process.
     params = jax.block_until_ready(rollout.weights(settings.model, params))
     plan = list(parts(len(problems), options.traces, rows))
@@ -193,7 +197,7 @@ def evaluate(
     for together in rounds(todo, sharding.whole_rows(1)):
         begin = time.perf_counter()
         warm = together[0] is not todo[0]
-        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, poll, warm)
+        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, cuts, poll, warm)
         for number, lines in mine.items() if folder else ():
             completions.write(completions.part_path(folder, number), lines)
         everyone = completions.gather(mine)
@@ -205,7 +209,7 @@ def evaluate(
     return _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
 
 
-def _sample(settings, config, params, problems, together, size, options, poll, warm) -> dict[int, list[dict]]:
+def _sample(settings, config, params, problems, together, size, options, cuts, poll, warm) -> dict[int, list[dict]]:
     """The lines of those parts of a round that this process has, by number.
 
     Every shard has room for `size` problems; repeated problems, traces and parts only fill it. Unless `warm`, what
@@ -222,12 +226,12 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *[batch.prompts for batch in batches])
     on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
-    schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
+    cuts = dataclasses.replace(cuts, schedule=sharding.put(cuts.schedule))
     numbers = together[0].traces
     if not warm and len(config.buckets) > 1:
-        rollout.compile_all(settings.model, config, params, on_device, key, schedule)
+        rollout.compile_all(settings.model, config, params, on_device, key, cuts)
     traces, forks, answers, _ = rollout.sample(
-        settings.model, config, params, on_device, key, schedule, numbers.start, poll
+        settings.model, config, params, on_device, key, cuts, numbers.start, poll
     )
     local = sharding.local_rows((traces, forks, answers))
     if not mine:
@@ -240,8 +244,10 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     chosen = [problem for part in mine for problem in _of(part, problems)]
     graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
     names = [name for part in mine for name in _names(part, problems)]
+    if options.ids:
+        names = [name | {"prompt": problems[name["index"]].prompt} for name in names]
     length = np.repeat(prompts.length[rows], len(numbers))
-    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded))
+    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded, options.ids))
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
 
 

@@ -114,10 +114,12 @@ class Tokenizer:
 
     def render_prompt(self, problem: str) -> str:
         """The text of a prompt: the chat template around the problem and the instruction, thinking opened."""
-        if self.chat is None:
-            return problem
+        return problem if self.chat is None else self.render_chat(self.messages(problem))
+
+    def messages(self, problem: str) -> list[dict[str, str]]:
+        """What is said before the answer to a problem: the system's turn, if any, and the user's."""
         turns = [{"role": "system", "content": self.chat.system}] if self.chat.system else []
-        return self.render_chat([*turns, {"role": "user", "content": problem + self.chat.instruction}])
+        return [*turns, {"role": "user", "content": problem + self.chat.instruction}]
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The text of messages (`role`, `content`) in the chat template, up to where the assistant goes on."""

@@ -108,7 +108,7 @@ def train(
         with sharding.use(mesh):
             like = learner.abstract_state(plan.model, plan.optimizer)
             resumed = saved.restore_latest(sharding.abstract(mesh, like, plan.model.num_kv_heads))
-        initial = initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
+        initial = warm_start.initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
         opened.enter_context(sharding.use(mesh))
         # The policy: what the last checkpoint holds, or what the run starts from.
         reference = initial if plan.loss.kl else None
@@ -270,14 +270,6 @@ def advanced(record: dict, batches, totals: dict, evaluated: bool) -> dict:
     regression baseline is fitted to, where there is one.
     """
     return record | {"cursor": batches.get_state(), "totals": totals, "evaluated": evaluated}
-
-
-def initial_params(config, plan: Settings, workdir: epath.Path, mesh):
-    """What the run starts from, on the mesh: a pretrained model, or the warm start, which one device trains."""
-    if inputs.is_pretrained(config):
-        return inputs.pretrained_params(config, plan.model, workdir, mesh)
-    params = warm_start.get(config, plan, workdir)
-    return sharding.place(mesh, params, plan.model.num_kv_heads)
 
 
 def resumable(plan: Settings) -> tuple[str, ...]:

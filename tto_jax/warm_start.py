@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tto_jax import checkpoint, data, learner
+from tto_jax import checkpoint, data, inputs, learner, sharding
 from tto_jax.core import token_tree
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.metrics import Progress
@@ -34,6 +34,13 @@ def get(config, settings: Settings, workdir: epath.Path) -> Params:
         params = train(config.warm_start, settings)
         checkpoint.save_params(path, params, identity(config))
     return checkpoint.load_params(path, like)[0]
+
+
+def initial_params(config, settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh | None) -> Params:
+    """What a run starts from, on the mesh: a pretrained model, or the warm start, which one device trains."""
+    if inputs.is_pretrained(config):
+        return inputs.pretrained_params(config, settings.model, workdir, mesh)
+    return sharding.place(mesh, get(config, settings, workdir), settings.model.num_kv_heads)
 
 
 def train(warm, settings: Settings) -> Params:
