@@ -408,8 +408,24 @@ def one_problem(traces, budgets, limits):
         found.setdefault(name, []).append(np.mean([RATES[name](trace, s, budgets) for trace in traces]))
     for limit in limits:
         found[f"regret@{limit}"] = np.mean([regret(trace, limit) for trace in traces])
+    points = [[(spent(trace, s), pooled(trace, s, is_right)) for s in S] for trace in traces]
+    found["spent"] = [np.mean([trace[s][0] for trace in points]) for s in S]
+    for name, best in (("", lambda trace: 1.0), ("_best", lambda trace: max(score for _, score in trace))):
+        found[f"cumulative_regret{name}"] = [
+            np.mean([sum(best(trace) - trace[j][1] for j in range(s + 1)) for trace in points]) for s in S
+        ]
+    k = 2
+    while k <= len(answers):
+        found[f"fork_maj@{k}"] = [np.mean([majority(trace["answers"][s], k) for trace in traces]) for s in S]
+        more = [[pooled(trace, s, lambda x, t, answer: answer["tokens"]) for s in S] for trace in traces]
+        found[f"fork_maj_tokens@{k}"] = [
+            np.mean([point[s][0] + (k - 1) * extra[s] for point, extra in zip(points, more)]) for s in S
+        ]
+        k *= 2
     found["mean_length"] = np.mean([trace["tokens"] for trace in traces])
     found = {name: (value, np.ones(np.shape(value))) for name, value in found.items()}
+    change = [np.mean([trace[s][1] - trace[s - 1][1] for trace in points]) if s else 0.0 for s in S]
+    found["progress"] = (change, [min(s, 1) for s in S])
     right = [trace["tokens"] for t, trace in enumerate(traces) if np.mean(score(t, -1)) > 0.5]
     wrong = [trace["tokens"] for t, trace in enumerate(traces) if np.mean(score(t, -1)) <= 0.5]
     return found | {"mean_length_correct": (sum(right), len(right)), "mean_length_wrong": (sum(wrong), len(wrong))}
@@ -457,12 +473,17 @@ RATES = {
 }
 
 
+def spent(trace, s):
+    """Tokens of prompt, prefix, insertion and one answer."""
+    after = pooled(trace, s, lambda x, t, answer: x["inserted"][t] + answer["tokens"])
+    return trace["prompt_tokens"] + trace["forks"][s] + after
+
+
 def regret(trace, limit):
     """1 - area / limit under a curve from (0, 0), cut at the limit, flat behind its end."""
     xs, ys = [0.0], [0.0]
-    for s, fork in enumerate(trace["forks"]):
-        spent = pooled(trace, s, lambda x, t, answer: x["inserted"][t] + answer["tokens"])
-        xs.append(max(xs[-1], trace["prompt_tokens"] + fork + spent))
+    for s in range(len(trace["forks"])):
+        xs.append(max(xs[-1], spent(trace, s)))
         ys.append(pooled(trace, s, is_right))
     area = 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(zip(xs, ys)):
