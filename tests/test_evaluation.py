@@ -19,6 +19,7 @@ from tto_jax.core import anytime
 from tto_jax.evaluation import Evaluation, Options
 from tto_jax.models import decoder
 from tto_jax.tasks import Verdict
+from tto_jax.tasks.episodes import MARKERS, Delimiters
 
 BUDGETS, N, A, PROBLEMS = (2, 5, 9), 5, 2, 11
 OPTIONS = Options(budgets=BUDGETS, traces=N, answers=A, temperature=0.7, seed=3, rows=12)
@@ -184,6 +185,38 @@ def test_nothing_compiles_once_sampling_begins(monkeypatch):
     assert (result.length <= 64).any()
 
 
+def test_forks_after_episodes(kept, tmp_path):
+    """The same thinking, cut at its start and before each `a` and `b` within it, up to two of them."""
+    rule = Delimiters(markers=("a", "b"), separator=" ", gap=0, max_cuts=2, group=1)
+    result = evaluate(epath.Path(tmp_path), rule=rule, start=True)
+    lines, whole = read_lines(tmp_path), texts(kept[1])
+    for line in lines:
+        words = line["text"].split()
+        assert line["text"] == whole[line["id"], line["trace"]][0]
+        cuts = [place for place, word in enumerate(words) if place and word in ("a", "b")][:2]
+        assert line["forks"] == [0, *cuts, *[len(words)] * (3 - len(cuts))]
+        finished = [line["ended"] and fork == len(words) for fork in line["forks"]]
+        assert line["inserted"] == [1 if end else 2 for end in finished]
+    assert len({tuple(line["forks"][1:3]) for line in lines}) > 5
+    np.testing.assert_array_equal(result.forks.reshape(-1, 4), [line["forks"] for line in lines])
+    found = summary.metrics(result, (9,))["unfinished"].value()
+    want = [np.mean([not (x["ended"] and x["forks"][s] == x["tokens"]) for x in lines]) for s in range(4)]
+    np.testing.assert_allclose(found, want)
+    assert dataclasses.replace(OPTIONS, rule=rule, start=True).columns == (0, 1, 2, 3)
+
+
+def test_a_start_is_a_column_of_its_own(kept, tmp_path):
+    """Answers before any thinking come first; those at budgets stay what they are without."""
+    whole, with_start = texts(kept[1]), texts(tmp_path, start=True)
+    assert with_start.keys() == whole.keys()
+    for key, (text, answers, forks) in with_start.items():
+        assert (text, answers[1:], forks[1:]) == whole[key] and forks[0] == 0
+    lines = read_lines(tmp_path)
+    assert {line["inserted"][0] for line in lines} == {2}, "thinking is cut before its first token"
+    assert len({answer["text"] for line in lines for answer in line["answers"][0]}) > 1
+    assert dataclasses.replace(OPTIONS, start=True).columns == (0, *BUDGETS)
+
+
 @pytest.mark.parametrize(
     ("problem_count", "traces", "rows"), [(11, 5, 12), (3, 10, 4), (1, 7, 7), (5, 1, 2), (2, 9, 2)]
 )
@@ -269,6 +302,22 @@ def test_default_rows_are_an_even_share(problem_count, rows):
 def test_options_are_checked(changes, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(OPTIONS, **changes)
+
+
+def test_what_only_the_page_does():
+    """Training's small evaluations have budgets only; the page adds what the section says."""
+    config = peak.get_config("brpo").evaluation.unlock()
+    config.update({"start": True, "forks": "delimiters", "extensions": 2})
+    plain = Options.from_config(config)
+    assert plain == Options(tuple(config.budgets), 1, 8, 1.0, 0)
+    options = plain.extended(config)
+    assert options.columns == (0, 1, 2, 3, 4, 5, 6, 7, 8) and options.rule.markers == tuple("abcdefgh")
+    assert (options.extensions, options.extension_tokens, options.extension_words[:2]) == (2, 12, ("a", "b"))
+    config.episodes.markers = ()
+    assert plain.extended(config).rule.markers == MARKERS
+    config.forks = "words"
+    with pytest.raises(ValueError, match=r"evaluation.forks='words' is unknown: choose one of \('budgets', 'del"):
+        plain.extended(config)
 
 
 def test_greedy_takes_one_sample():
@@ -662,6 +711,7 @@ def test_scores_on_disk(kept, tmp_path):
 
 def evaluated(name, sets, **changes):
     about = {"budgets": [3, 6, 9], "traces": N, "answers": A, "temperature": 0.6, "evaluation_seed": 0}
+    about["forks"] = "budgets"
     return comparison.Evaluated(name, about | {"regret_tokens": [9]} | changes, sets)
 
 
@@ -741,6 +791,7 @@ def test_what_cannot_be_compared_is_refused():
     a = evaluated("a", x)
     for other, said in (
         (evaluated("b", x, budgets=[3, 6, 12]), r"budgets differ: a has \[3, 6, 9\], b has \[3, 6, 12\].*--budgets"),
+        (evaluated("b", x, forks="episodes"), "forks differ: a has budgets, b has episodes.*--forks"),
         (evaluated("b", x, traces=8), "traces differ: a has 5, b has 8.*--traces"),
         (evaluated("b", {"y": x["x"]}), r"no set is shared: a has \['x'\], b has \['y'\]"),
         (evaluated("b", {"x": make(random_scores(0, 30), ids=range(50, 80))}), "share no problem"),

@@ -44,6 +44,8 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
                 "math_task",
                 "pretrained",
                 "problem_files",
+                "continuing",
+                "extrapolation",
                 "token_efficiency",
                 "problem_sets",
                 "reference_values",

@@ -28,9 +28,12 @@ def load(path: epath.PathLike) -> Evaluated:
     for name in ("results.json", "scores.npz"):
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing: `python -m tto_jax.evaluate` makes it.")
+    results = json.loads((folder / "results.json").read_text())
+    if "forks" not in results:
+        raise ValueError(f"{folder / 'results.json'} lacks forks: it is of an older version; evaluate the run again.")
     return Evaluated(
         name=str(path).rstrip("/"),
-        results=json.loads((folder / "results.json").read_text()),
+        results=results,
         sets=evaluation.load(folder / "scores.npz"),
     )
 
@@ -45,7 +48,7 @@ def compare(a: Evaluated, b: Evaluated) -> dict:
     Raises:
       ValueError: other budgets or another number of traces, no shared set, or no shared problem in one.
     """
-    for what in ("budgets", "traces"):
+    for what in ("forks", "budgets", "traces"):
         if a.results[what] != b.results[what]:
             raise ValueError(
                 f"{what} differ: {a.name} has {a.results[what]}, {b.name} has {b.results[what]}; evaluate both with "
@@ -54,18 +57,18 @@ def compare(a: Evaluated, b: Evaluated) -> dict:
     names = [name for name in a.sets if name in b.sets]
     if not names:
         raise ValueError(f"no set is shared: {a.name} has {list(a.sets)}, {b.name} has {list(b.sets)}.")
-    budgets, seed = tuple(a.results["budgets"]), a.results["evaluation_seed"]
+    seed = a.results["evaluation_seed"]
     limits = tuple(c for c in a.results["regret_tokens"] if c in b.results["regret_tokens"])
     pairs, draws, each = [], [], {}
     for name in names:
-        pair, draw, matched = _paired(name, a, b, budgets, limits, seed)
+        pair, draw, matched = _paired(name, a, b, limits, seed)
         pairs.append(pair)
         draws.append(draw)
         each[name] = matched | _described([name], [pair], [draw], a, b)
     return {
         "a": a.name,
         "b": b.name,
-        "budgets": list(budgets),
+        "budgets": a.results["budgets"],
         "traces": a.results["traces"],
         "notes": _notes(a, b),
         **_described(names, pairs, draws, a, b),
@@ -73,7 +76,7 @@ def compare(a: Evaluated, b: Evaluated) -> dict:
     }
 
 
-def _paired(name, a, b, budgets, limits, seed):
+def _paired(name, a, b, limits, seed):
     """Metrics of a and of b, draws of both, and how the problems matched."""
     ids = np.intersect1d(a.sets[name].id, b.sets[name].id)
     if not ids.size:
@@ -82,7 +85,7 @@ def _paired(name, a, b, budgets, limits, seed):
     for side in (a, b):
         order = np.argsort(side.sets[name].id)
         index = order[np.searchsorted(side.sets[name].id[order], ids)]
-        found = summary.metrics(side.sets[name], budgets, limits)
+        found = summary.metrics(side.sets[name], limits)
         sides.append({key: metric.take(index) for key, metric in found.items()})
     sides = [{key: metric for key, metric in side.items() if key in sides[0] and key in sides[1]} for side in sides]
     counts = summary.counts_of(name, len(ids), seed)

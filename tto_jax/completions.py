@@ -13,6 +13,9 @@ are then. One line a trace:
     answers                at each budget, one object an answer: text, answer (as extracted, in normal form; empty:
                            none), correct (the score, 0 or 1), formatted, tokens (sampled, EOS included), how (what
                            judged it: text, symbolic, timeout, crash)
+    extensions             only where thinking went on after the last budget: one object an extension, with word (what
+                           replaced `</think>`; empty: nothing), text (what followed), sampled (its tokens), tokens (of
+                           all thinking up to its end), ended, eos, inserted and the list answers
 """
 
 import dataclasses
@@ -147,9 +150,10 @@ def gather(mine: dict[int, list[dict]]) -> dict[int, list[dict]]:
     if jax.process_count() == 1:
         return mine
 
-    def short(line: dict) -> dict:
-        answers = [[{**answer, "text": ""} for answer in column] for column in line["answers"]]
-        return {**line, "text": "", "answers": answers}
+    def short(value):
+        if isinstance(value, dict):
+            return {key: "" if key == "text" else short(x) for key, x in value.items()}
+        return [short(x) for x in value] if isinstance(value, list) else value
 
     everyone = _gather([[number, [short(line) for line in found]] for number, found in mine.items()])
     return {number: found for theirs in everyone for number, found in theirs}

@@ -1,4 +1,4 @@
-"""Accuracy at budgets: rollouts whose forks are the evaluation's budgets, answers decoded from the shared traces.
+"""Accuracy at budgets or after episodes: rollouts whose answers are decoded from the shared traces at these forks.
 
 Keys depend on the seed, the problem, the trace and the answer only: runs are compared on common random numbers,
 whatever the rows of a rollout, the mesh and the processes. A set is divided into parts; in a rollout every shard of the
@@ -6,6 +6,7 @@ rows samples one, and the process that has the shard grades it and keeps its com
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import time
@@ -17,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, data, grading, rollout, sharding
+from tto_jax import completions, continuing, data, episodes, extrapolation, grading, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
 from tto_jax.tasks import Problem
+from tto_jax.tasks.episodes import MARKERS, Delimiters
 
 STREAM = 0xE7A1  # keeps the evaluation's keys apart from training's
+FORKS = ("budgets", "delimiters")
 MOST_ROWS = 256  # more do not make a rollout faster, and a part is what a kill can lose
 UNKNOWN_MEMORY = 8 * 2**30  # bytes, taken for a device's where it does not tell, as a CPU
 
@@ -39,12 +42,23 @@ class Options:
     temperature: float
     seed: int
     rows: int = 0  # most traces of one part; 0: see `default_rows`
+    rule: Delimiters | None = None  # cuts thinking into episodes, after which answers are forced; None: at the budgets
+    start: bool = False  # answers before any thinking, too: the first column, budget 0
+    extensions: int = 0  # how often thinking that has ended goes on after the last budget, see `extrapolation`
+    extension_tokens: int = 0  # of thinking in each, at most
+    extension_words: tuple[str, ...] = ()  # one of which replaces the `</think>`
 
     def __post_init__(self):
         BudgetSchedule.from_prior(self.budgets)
-        for name, least in (("traces", 1), ("answers", 1), ("rows", 0), ("temperature", 0.0)):
+        least_of = {"traces": 1, "answers": 1, "rows": 0, "temperature": 0.0, "extensions": 0}
+        for name, least in (least_of | ({"extension_tokens": 1} if self.extensions else {})).items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}: it must be at least {least}")
+        if self.extensions and not self.extension_words:
+            raise ValueError(
+                f"evaluation.extensions={self.extensions} with extension_words=(): name words that go on, such as "
+                "('\\nWait', '\\nBut wait'), or of an embedded task words of its vocabulary"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"evaluation.seed={self.seed}: seeds lie in [0, 2**32)")
         if self.temperature == 0 and (self.traces > 1 or self.answers > 1):
@@ -55,7 +69,7 @@ class Options:
 
     @classmethod
     def from_config(cls, config, rows: int = 0) -> "Options":
-        """Of a configuration's section `evaluation`."""
+        """Of a configuration's section `evaluation`, without the extensions: those are the page's only."""
         return cls(
             budgets=tuple(config.budgets),
             traces=config.traces,
@@ -65,10 +79,28 @@ class Options:
             rows=rows,
         )
 
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Of the results' columns, in their order: budgets in tokens, or numbers of episodes; 0 for a start."""
+        found = self.budgets if self.rule is None else tuple(range(1, self.rule.size + 1))
+        return (0, *found) if self.start else found
+
+    def extended(self, config) -> "Options":
+        """These, with what only the page does of the section `evaluation`: episodes, the start, and extensions."""
+        if config.forks not in FORKS:
+            raise ValueError(f"evaluation.forks={config.forks!r} is unknown: choose one of {FORKS}")
+        changes = {"start": config.start}
+        if config.forks == "delimiters":
+            changes["rule"] = Delimiters(**{**config.episodes, "markers": tuple(config.episodes.markers) or MARKERS})
+        if config.extensions:
+            changes |= {name: config[name] for name in ("extensions", "extension_tokens")}
+            changes["extension_words"] = tuple(config.extension_words)
+        return dataclasses.replace(self, **changes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores of every answer of one set, on the host."""
+    """Scores of every answer of one set, on the host. A start counts among the S columns."""
 
     correct: np.ndarray  # f32[B, n, S, A]
     formatted: np.ndarray  # bool[B, n, S, A]
@@ -83,14 +115,15 @@ class Evaluation:
     grading: dict[str, int]  # answers that were judged in each way
     seconds: float = 0.0  # spent on sampling and grading
     new_tokens: int = 0  # sampled in these seconds, by all processes; the others were read back
+    extended: "Evaluation | None" = None  # its columns: the trace's end, then after each extension
 
     @property
     def tokens(self) -> int:
-        """Sampled, of traces and answers."""
+        """Sampled, of traces and answers; without extensions."""
         return int(self.length.sum()) + int(self.answer_length.sum())
 
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(Evaluation))[:-3]
+ARRAYS = tuple(field.name for field in dataclasses.fields(Evaluation))[:-4]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +140,16 @@ def default_rows(settings: Settings, options: Options, problems: int) -> int:
     `problems` for each shard of the context's mesh.
 
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
-    one layer's attention scores of the answers (or of the prompt's prefill).
+    one layer's attention scores of the answers (or of the prompt's prefill). An extension's prompt holds the trace.
     """
-    model, size = settings.model, len(options.budgets) * options.answers
-    trunk = settings.prompt_pad + options.budgets[-1]
+    model, size = settings.model, len(options.columns) * options.answers
+    prompt, trunk = settings.prompt_pad, settings.prompt_pad + options.budgets[-1]
+    if options.extensions:
+        prompt = extrapolation.prompt_pad(settings, options)
+        trunk = prompt + options.extension_tokens
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
-    scores = 4 * model.num_heads * max(size * trunk, settings.prompt_pad**2)
+    scores = 4 * model.num_heads * max(size * trunk, prompt**2)
     device = jax.local_devices()[0].memory_stats() or {}
     memory = device.get("bytes_limit", UNKNOWN_MEMORY) // 2
     share = -(-problems // sharding.whole_rows(1)) * options.traces
@@ -179,10 +215,12 @@ def evaluate(
         answers=options.answers,
         sample=SampleConfig(temperature=options.temperature),
     )
-    found, seconds, new_tokens = {}, 0.0, 0
+    found, extended, seconds, new_tokens = {}, {}, 0.0, 0
 
     def add(part, lines):
         found[part.number] = columns = completions.columns(lines)
+        if options.extensions:
+            extended[part.number] = extrapolation.columns(lines)
         on_part(len(lines), float(columns["correct"][:, -1].mean()))
 
     there = completions.parts_in(folder) if folder else ()
@@ -201,8 +239,14 @@ def evaluate(
         for part in together:
             add(part, everyone[part.number])
             new_tokens += int(sum(found[part.number][name].sum() for name in ("length", "answer_length")))
+            new_tokens += extrapolation.sampled(everyone[part.number]) if options.extensions else 0
         poll()
-    return _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
+    result = _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
+    if not options.extensions:
+        return result
+    return dataclasses.replace(
+        result, extended=_assemble([extended[part.number] for part in plan], len(problems), 0.0, 0)
+    )
 
 
 def _sample(settings, config, params, problems, together, size, options, poll, warm) -> dict[int, list[dict]]:
@@ -222,14 +266,21 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *[batch.prompts for batch in batches])
     on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
-    schedule = sharding.put(BudgetSchedule.from_prior(options.budgets))
     numbers = together[0].traces
-    if not warm and len(config.buckets) > 1:
-        rollout.compile_all(settings.model, config, params, on_device, key, schedule)
-    traces, forks, answers, _ = rollout.sample(
-        settings.model, config, params, on_device, key, schedule, numbers.start, poll
-    )
-    local = sharding.local_rows((traces, forks, answers))
+    if options.rule is None:
+        schedule = sharding.put(_schedule(options))
+        if not warm and len(config.buckets) > 1:
+            rollout.compile_all(settings.model, config, params, on_device, key, schedule)
+        sampled = rollout.sample(settings.model, config, params, on_device, key, schedule, numbers.start, poll)
+        local = sharding.local_rows(sampled[:3])
+    else:
+        forks_of = functools.partial(_forks, settings.tokenizer, options)
+        local = continuing.sample(settings, config, params, on_device, key, numbers.start, forks_of, poll)
+    if options.start:
+        local = (local[0], *jax.tree.map(lambda x: np.roll(x, 1, axis=1), local[1:]))
+    extensions = []
+    if options.extensions:
+        extensions = extrapolation.extend(settings, config, params, prompts, local[0], numbers.start, options, poll)
     if not mine:
         return {}
 
@@ -238,11 +289,32 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     of_trace = (rows[:, None] * config.group_size + np.arange(len(numbers))).reshape(-1)
     traces, forks, answers = jax.tree.map(lambda x: x[of_trace], local)
     chosen = [problem for part in mine for problem in _of(part, problems)]
-    graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
     names = [name for part in mine for name in _names(part, problems)]
     length = np.repeat(prompts.length[rows], len(numbers))
-    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded))
+
+    def lines_of(*sampled):
+        graded = grading.grade(settings.task, settings.tokenizer, chosen, *sampled)
+        return completions.lines(settings.tokenizer, names, length, *sampled, graded)
+
+    extensions = [extrapolation.take(extension, of_trace) for extension in extensions]
+    continued = [(one, lines_of(one.traces, one.forks, one.answers)) for one in extensions]
+    lines = iter(extrapolation.lines_with(lines_of(traces, forks, answers), continued))
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
+
+
+def _forks(tokenizer, options: Options, traces) -> np.ndarray:
+    """Forks after episodes i32[N, S]; as in `_schedule`, the start comes last."""
+    found = episodes.forks_at_delimiters(tokenizer, options.rule, traces.tokens, traces.length, options.rule.size)
+    return np.pad(found, ((0, 0), (0, 1))) if options.start else found
+
+
+def _schedule(options: Options) -> BudgetSchedule:
+    """The rollout's columns: the start comes last, so that the samples at budgets do not depend on it."""
+    schedule = BudgetSchedule.from_prior(options.budgets)
+    if not options.start:
+        return schedule
+    tokens = np.array([*options.budgets, 0], np.int32)
+    return BudgetSchedule(tokens=tokens, weights=np.full(tokens.shape, 1 / tokens.size, np.float32))
 
 
 def _of(part: Part, problems: Sequence[Problem]) -> list[Problem]:

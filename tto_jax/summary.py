@@ -46,12 +46,11 @@ class Metric:
 Metrics = dict[str, Metric]
 
 
-def metrics(result: Evaluation, budgets: tuple[int, ...], limits: tuple[int, ...]) -> Metrics:
-    """Everything that is measured of one set, by name. Lists have one number a budget.
+def metrics(result: Evaluation, limits: tuple[int, ...]) -> Metrics:
+    """Everything that is measured of one set, by name. Lists have one number a budget, or an episode.
 
     Args:
       result: of the set, n traces a problem.
-      budgets: S token budgets.
       limits: token counts C0 of the normalised regret.
 
     Returns:
@@ -68,7 +67,7 @@ def metrics(result: Evaluation, budgets: tuple[int, ...], limits: tuple[int, ...
     sizes = [2**i for i in range(n.bit_length())]
     found |= {f"pass@{k}": Metric.mean(_pass_at(result.correct, k)) for k in sizes}
     found |= {f"maj@{k}": Metric.mean(_maj_at(result.vote, k)) for k in sizes}
-    unfinished = (result.length[..., None] > np.asarray(budgets)) | ~result.ended[..., None]
+    unfinished = ~(result.ended[..., None] & (result.forks == result.length[..., None]))
     found |= {
         "overthinking": Metric.mean(_overthinking(result.correct, result.forks)),
         "formatted": Metric.mean(result.formatted.mean(axis=(1, 3))),
@@ -133,12 +132,10 @@ def _points(result: Evaluation, limits: tuple[int, ...]) -> Metrics:
     score, cost, sampled = map(pooled, (result.correct, after, result.answer_length))
     tokens = before + cost
     over_traces = lambda x: np.asarray(x, np.float64).mean(axis=1)  # noqa: E731
-    change = over_traces(np.diff(score, axis=-1, prepend=0.0))
+    change, of_one, of_best = map(over_traces, _along_traces(score))
     known = np.broadcast_to(np.arange(score.shape[-1]) > 0, change.shape).astype(np.float64)
-    found = {"spent": Metric.mean(over_traces(tokens)), "progress": Metric(change * known, known)}
-    for name, optimal in (("", 1.0), ("_best", score.max(axis=-1, keepdims=True))):
-        regret = np.cumsum(optimal - score.astype(np.float64), axis=-1)
-        found[f"cumulative_regret{name}"] = Metric.mean(over_traces(regret))
+    found = {"spent": Metric.mean(over_traces(tokens)), "progress": Metric(change, known)}
+    found |= {"cumulative_regret": Metric.mean(of_one), "cumulative_regret_best": Metric.mean(of_best)}
     regret = np.asarray(regrets(result.correct, result.forks, before, after, np.array(limits, np.float32)))
     found |= {f"regret@{c}": Metric.mean(regret[:, i]) for i, c in enumerate(limits)}
     for k in (2**i for i in range(1, result.correct.shape[-1].bit_length())):
@@ -153,6 +150,17 @@ def _pool(values, forks):
     """Means over all answers that share a fork, f32[B, n, S] of f32[B, n, S, A]."""
     one = lambda x: anytime.pooled_accuracy(x[0][None], x[1][None])[0]  # noqa: E731
     return jax.lax.map(one, (values, forks), batch_size=_AT_ONCE)
+
+
+@jax.jit
+def _along_traces(score):
+    """Progress, 0 at the first column, and cumulative regret against 1 and the best: f32[B, n, S] each."""
+    each = lambda function: jax.vmap(jax.vmap(function))(score)  # noqa: E731
+    return (
+        each(lambda values: progress.block_progress(values, values[0])),
+        each(lambda values: progress.cumulative_regret(values, 1.0)),
+        each(lambda values: progress.cumulative_regret(values, jnp.max(values))),
+    )
 
 
 @jax.jit
@@ -220,11 +228,11 @@ def summarize(
 
     Args:
       sets: evaluations by name, made with the same options.
-      budgets: S token budgets.
+      budgets: S token budgets; read only where there are no limits.
       seed: of the bootstrap.
       limits: C0 of the normalised regret, in tokens; default: the last budget.
     """
-    measured = {name: metrics(result, budgets, limits or budgets[-1:]) for name, result in sets.items()}
+    measured = {name: metrics(result, limits or budgets[-1:]) for name, result in sets.items()}
     draws = {name: resample(found, counts_of(name, len(sets[name].id), seed)) for name, found in measured.items()}
     each = {
         name: mean_over_sets([found], [draws[name]])
