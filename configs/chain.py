@@ -23,8 +23,6 @@ def get_config(variant: str = "brpo") -> ConfigDict:
     config.learner.optimizer.learning_rate = 3e-4
     config.warm_start.steps = 2500
     config.evaluation.budgets = (9, 18, 27, 36, 45, 54, 63, 72)
-    words = {"markers": tuple("abcdefgijkl"), "separator": " ", "gap": 0, "max_cuts": 11, "group": 1}
-    config.evaluation.episodes.update(words)  # a step begins with its label; `hmm`, which is no step, begins with an h
     config.evaluation.update({"extension_tokens": 12, "extension_words": ("wait",)})  # it begins a check
     if "fast" in variant.split(","):
         config.task.update({"min_ops": 3, "max_ops": 8, "max_trace_tokens": 48})

@@ -206,14 +206,7 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "answers": 1,
                 "temperature": 1.0,
                 "seed": 0,
-                "forks": "budgets",  # or delimiters, by `evaluate --forks`: answers after each episode of the thinking
-                "episodes": {  # see tasks.episodes.Delimiters
-                    "markers": (),  # of paragraphs that begin an episode; (): those of arXiv 2503.07572
-                    "separator": "\n\n",
-                    "gap": 2,
-                    "max_cuts": 49,
-                    "group": 5,
-                },
+                "forks": "budgets",  # or a rule of the section `episodes`, by `evaluate --forks`
                 "start": False,  # answers before any thinking, too: budget 0, by `evaluate --start`
                 "extensions": 0,  # how often thinking goes on after its end, by `evaluate --extend`
                 "extension_tokens": 2048,  # of thinking in each, at most

@@ -19,7 +19,6 @@ from tto_jax.core import anytime
 from tto_jax.evaluation import Evaluation, Options
 from tto_jax.models import decoder
 from tto_jax.tasks import Verdict
-from tto_jax.tasks.episodes import MARKERS, Delimiters
 
 BUDGETS, N, A, PROBLEMS = (2, 5, 9), 5, 2, 11
 OPTIONS = Options(budgets=BUDGETS, traces=N, answers=A, temperature=0.7, seed=3, rows=12)
@@ -187,8 +186,9 @@ def test_nothing_compiles_once_sampling_begins(monkeypatch):
 
 def test_forks_after_episodes(kept, tmp_path):
     """The same thinking, cut at its start and before each `a` and `b` within it, up to two of them."""
-    rule = Delimiters(markers=("a", "b"), separator=" ", gap=0, max_cuts=2, group=1)
-    result = evaluate(epath.Path(tmp_path), rule=rule, start=True)
+    section = peak.get_config("brpo").episodes.to_dict() | {"rule": "delimiters", "markers": ("a", "b")}
+    section |= {"max_cuts": 2, "group": 1}
+    result = evaluate(epath.Path(tmp_path), episodes=section, start=True)
     lines, whole = read_lines(tmp_path), texts(kept[1])
     for line in lines:
         words = line["text"].split()
@@ -202,7 +202,7 @@ def test_forks_after_episodes(kept, tmp_path):
     found = summary.metrics(result, (9,))["unfinished"].value()
     want = [np.mean([not (x["ended"] and x["forks"][s] == x["tokens"]) for x in lines]) for s in range(4)]
     np.testing.assert_allclose(found, want)
-    assert dataclasses.replace(OPTIONS, rule=rule, start=True).columns == (0, 1, 2, 3)
+    assert dataclasses.replace(OPTIONS, episodes=section, start=True).columns == (0, 1, 2, 3)
 
 
 def test_a_start_is_a_column_of_its_own(kept, tmp_path):
@@ -306,18 +306,23 @@ def test_options_are_checked(changes, said):
 
 def test_what_only_the_page_does():
     """Training's small evaluations have budgets only; the page adds what the section says."""
-    config = peak.get_config("brpo").evaluation.unlock()
-    config.update({"start": True, "forks": "delimiters", "extensions": 2})
-    plain = Options.from_config(config)
-    assert plain == Options(tuple(config.budgets), 1, 8, 1.0, 0)
-    options = plain.extended(config)
-    assert options.columns == (0, 1, 2, 3, 4, 5, 6, 7, 8) and options.rule.markers == tuple("abcdefgh")
+    config = peak.get_config("brpo").unlock()
+    config.evaluation.update({"start": True, "forks": "delimiters", "extensions": 2})
+    plain = Options.from_config(config.evaluation)
+    assert plain == Options(tuple(config.evaluation.budgets), 1, 8, 1.0, 0)
+    options = plain.for_page(config)
+    assert options.columns == (0, 1, 2, 3, 4), "episodes of two checks"
     assert (options.extensions, options.extension_tokens, options.extension_words[:2]) == (2, 12, ("a", "b"))
-    config.episodes.markers = ()
-    assert plain.extended(config).rule.markers == MARKERS
-    config.forks = "words"
-    with pytest.raises(ValueError, match=r"evaluation.forks='words' is unknown: choose one of \('budgets', 'del"):
-        plain.extended(config)
+    config.evaluation.update({"forks": "blocks", "start": False})
+    config.episodes.block = 10
+    assert plain.for_page(config).columns == (1, 2, 3)
+    for changes, said in (
+        ({"forks": "words"}, "evaluation.forks='words' is unknown"),
+        ({"forks": "paragraphs"}, "most=0"),
+    ):
+        config.evaluation.update(changes)
+        with pytest.raises(ValueError, match=said):
+            plain.for_page(config)
 
 
 def test_greedy_takes_one_sample():

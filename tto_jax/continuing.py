@@ -1,4 +1,4 @@
-"""Thinking that goes on: rollouts whose prompts hold what was thought before, cut where the host says.
+"""Thinking that goes on: rollouts whose prompts hold what was thought before.
 
 Everything before is prefilled again, once a trace: prompts of different traces have nothing in common that the rollout
 could share.
@@ -6,13 +6,12 @@ could share.
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from tto_jax import data, rollout, sharding
-from tto_jax.core.types import Answers, Prompts, Traces
-from tto_jax.settings import Settings
+from tto_jax import data, sharding
+from tto_jax.core.types import Prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +39,3 @@ class Rows:
         pairs = np.stack([self.problem, self.number.astype(np.uint32)], axis=1)
         ids = np.array([zlib.crc32(pair.tobytes()) for pair in pairs], np.uint32)
         return sharding.put_rows(Prompts(tokens=tokens, length=length, id=ids))
-
-
-def sample(
-    settings: Settings,
-    config: rollout.RolloutConfig,
-    params,
-    prompts: Prompts,
-    key,
-    first_trace: int,
-    forks_of: Callable[[Traces], np.ndarray],
-    poll: Callable[[], None],
-) -> tuple[Traces, np.ndarray, Answers]:
-    """A rollout whose forks are found on the host, from the thinking: this process's rows.
-
-    Args:
-      prompts, key: on the devices. forks_of: finished traces of this process -> forks i32[N, S].
-    """
-    traces, trunk = rollout.sample_traces(settings.model, config, params, prompts, key, first_trace, poll)
-    local = sharding.local_rows(traces)
-    forks = forks_of(local)
-    answers = rollout.sample_answers(settings.model, config, params, trunk, traces, sharding.put_rows(forks), key)
-    return local, forks, sharding.local_rows(answers)

@@ -13,8 +13,8 @@ cumulative regret (regret.png), and every completion as completions/SET/00000.js
 or stopped by SIGTERM, goes on when called again, also on another mesh or number of processes. Several processes are
 started as those of training, with one OUT that all can read and write.
 
---forks=delimiters forces answers after each episode of the thinking (evaluation.episodes) in place of the budgets, up
-to the last of which it goes: the numbers of results.json that are one a budget are then one an episode.
+--forks=delimiters (or paragraphs, blocks) forces answers after each episode of the thinking, as the section `episodes`
+says, in place of the budgets: numbers of results.json that are one a budget are then one an episode.
 --start forces answers before any thinking, too: budget 0, which counts as the others do in means over budgets.
 --extend=N goes beyond the last budget: N times, a word such as `Wait` replaces the `</think>` of a trace, which thinks
 on for up to evaluation.extension_tokens tokens (`extrapolation` in results.json, extended.npz, tokens.png).
@@ -37,6 +37,7 @@ from tto_jax import (
     comparison,
     completions,
     distributed,
+    episodes,
     evaluation,
     extrapolation,
     host,
@@ -70,7 +71,7 @@ _SEED = flags.DEFINE_integer("seed", None, "Of the sampled traces and answers; d
 _PROBLEMS = flags.DEFINE_integer(
     "problems", None, "Problems of each set; default: evaluation.final_problems.", lower_bound=1
 )
-_FORKS = flags.DEFINE_enum("forks", None, evaluation.FORKS, "Where answers are forced; default: evaluation.forks.")
+_FORKS = flags.DEFINE_enum("forks", None, episodes.RULES, "Where answers are forced; default: evaluation.forks.")
 _START = flags.DEFINE_bool("start", None, "Answers before any thinking, too, as budget 0; default: evaluation.start.")
 _EXTEND = flags.DEFINE_integer(
     "extend", None, "How often thinking goes on after its end; default: evaluation.extensions.", lower_bound=0
@@ -111,7 +112,7 @@ def main(argv):
     plan = settings.build(config)
     mesh = mesh_of(plan)
     plan = plan.on(mesh)
-    options = evaluation.Options.from_config(config.evaluation).extended(config.evaluation)
+    options = evaluation.Options.from_config(config.evaluation).for_page(config)
     extrapolation.check(plan, options)
     limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
     folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
@@ -308,7 +309,7 @@ def about(subject: Subject, options, limits, step, results) -> dict:
     config = subject.config
     seconds, new_tokens = (sum(getattr(r, name) for r in results.values()) for name in ("seconds", "new_tokens"))
     return {
-        "forks": "budgets" if options.rule is None else "episodes",
+        "forks": "budgets" if options.episodes is None else "episodes",
         "budgets": list(options.columns),
         "traces": options.traces,
         "answers": options.answers,

@@ -6,7 +6,6 @@ rows samples one, and the process that has the shard grades it and keeps its com
 """
 
 import dataclasses
-import functools
 import io
 import itertools
 import time
@@ -18,16 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, continuing, data, episodes, extrapolation, grading, rollout, sharding
+from tto_jax import completions, data, episodes, extrapolation, grading, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
 from tto_jax.settings import Settings
 from tto_jax.tasks import Problem
-from tto_jax.tasks.episodes import MARKERS, Delimiters
 
 STREAM = 0xE7A1  # keeps the evaluation's keys apart from training's
-FORKS = ("budgets", "delimiters")
 MOST_ROWS = 256  # more do not make a rollout faster, and a part is what a kill can lose
 UNKNOWN_MEMORY = 8 * 2**30  # bytes, taken for a device's where it does not tell, as a CPU
 
@@ -42,7 +39,7 @@ class Options:
     temperature: float
     seed: int
     rows: int = 0  # most traces of one part; 0: see `default_rows`
-    rule: Delimiters | None = None  # cuts thinking into episodes, after which answers are forced; None: at the budgets
+    episodes: dict | None = None  # the section `episodes`: answers are forced after each of them; None: at the budgets
     start: bool = False  # answers before any thinking, too: the first column, budget 0
     extensions: int = 0  # how often thinking that has ended goes on after the last budget, see `extrapolation`
     extension_tokens: int = 0  # of thinking in each, at most
@@ -59,6 +56,8 @@ class Options:
                 f"evaluation.extensions={self.extensions} with extension_words=(): name words that go on, such as "
                 "('\\nWait', '\\nBut wait'), or of an embedded task words of its vocabulary"
             )
+        if self.episodes is not None:
+            episodes.of_section(self.episodes, None, self.budgets[-1])
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"evaluation.seed={self.seed}: seeds lie in [0, 2**32)")
         if self.temperature == 0 and (self.traces > 1 or self.answers > 1):
@@ -82,19 +81,23 @@ class Options:
     @property
     def columns(self) -> tuple[int, ...]:
         """Of the results' columns, in their order: budgets in tokens, or numbers of episodes; 0 for a start."""
-        found = self.budgets if self.rule is None else tuple(range(1, self.rule.size + 1))
+        found = self.budgets
+        if self.episodes is not None:
+            size = episodes.of_section(self.episodes, None, self.budgets[-1]).size
+            found = tuple(range(1, size + 1))
         return (0, *found) if self.start else found
 
-    def extended(self, config) -> "Options":
-        """These, with what only the page does of the section `evaluation`: episodes, the start, and extensions."""
-        if config.forks not in FORKS:
-            raise ValueError(f"evaluation.forks={config.forks!r} is unknown: choose one of {FORKS}")
-        changes = {"start": config.start}
-        if config.forks == "delimiters":
-            changes["rule"] = Delimiters(**{**config.episodes, "markers": tuple(config.episodes.markers) or MARKERS})
-        if config.extensions:
-            changes |= {name: config[name] for name in ("extensions", "extension_tokens")}
-            changes["extension_words"] = tuple(config.extension_words)
+    def for_page(self, config) -> "Options":
+        """These, with what only the page does of a configuration: answers after episodes, the start, extensions."""
+        wanted = config.evaluation
+        if wanted.forks not in episodes.RULES:
+            raise ValueError(f"evaluation.forks={wanted.forks!r} is unknown: choose one of {episodes.RULES}")
+        changes = {"start": wanted.start}
+        if wanted.forks != "budgets":
+            changes["episodes"] = config.episodes.to_dict() | {"rule": wanted.forks}
+        if wanted.extensions:
+            changes |= {name: wanted[name] for name in ("extensions", "extension_tokens")}
+            changes["extension_words"] = tuple(wanted.extension_words)
         return dataclasses.replace(self, **changes)
 
 
@@ -267,15 +270,11 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
     numbers = together[0].traces
-    if options.rule is None:
-        schedule = sharding.put(_schedule(options))
-        if not warm and len(config.buckets) > 1:
-            rollout.compile_all(settings.model, config, params, on_device, key, schedule)
-        sampled = rollout.sample(settings.model, config, params, on_device, key, schedule, numbers.start, poll)
-        local = sharding.local_rows(sampled[:3])
-    else:
-        forks_of = functools.partial(_forks, settings.tokenizer, options)
-        local = continuing.sample(settings, config, params, on_device, key, numbers.start, forks_of, poll)
+    cuts = _cuts(options, settings.tokenizer)
+    if not warm and len(config.buckets) > 1:
+        rollout.compile_all(settings.model, config, params, on_device, key, cuts)
+    sampled = rollout.sample(settings.model, config, params, on_device, key, cuts, numbers.start, poll)
+    local = sharding.local_rows(sampled[:3])
     if options.start:
         local = (local[0], *jax.tree.map(lambda x: np.roll(x, 1, axis=1), local[1:]))
     extensions = []
@@ -302,19 +301,18 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
 
 
-def _forks(tokenizer, options: Options, traces) -> np.ndarray:
-    """Forks after episodes i32[N, S]; as in `_schedule`, the start comes last."""
-    found = episodes.forks_at_delimiters(tokenizer, options.rule, traces.tokens, traces.length, options.rule.size)
-    return np.pad(found, ((0, 0), (0, 1))) if options.start else found
+def _cuts(options: Options, tokenizer) -> rollout.Cuts:
+    """The start comes last, so that the samples at the other cuts do not depend on it."""
+    tokens = np.array([*options.budgets, 0] if options.start else options.budgets, np.int32)
+    if options.episodes is None:
+        weights = np.full(tokens.shape, 1 / tokens.size, np.float32)
+        return rollout.Cuts(sharding.put(BudgetSchedule(tokens=tokens, weights=weights)))
+    found = episodes.of_section(options.episodes, tokenizer, options.budgets[-1])
 
+    def rule(tokens, length):
+        return np.pad(found(tokens, length), ((0, 0), (0, int(options.start))))
 
-def _schedule(options: Options) -> BudgetSchedule:
-    """The rollout's columns: the start comes last, so that the samples at budgets do not depend on it."""
-    schedule = BudgetSchedule.from_prior(options.budgets)
-    if not options.start:
-        return schedule
-    tokens = np.array([*options.budgets, 0], np.int32)
-    return BudgetSchedule(tokens=tokens, weights=np.full(tokens.shape, 1 / tokens.size, np.float32))
+    return rollout.Cuts(sharding.put(BudgetSchedule.from_weights(np.ones(len(options.columns)))), rule=rule)
 
 
 def _of(part: Part, problems: Sequence[Problem]) -> list[Problem]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tto_jax import completions, continuing, rollout, sharding
+from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.types import Answers, Prompts, Traces
 from tto_jax.settings import Settings
 
@@ -89,6 +90,7 @@ def extend(
     ended, over, found = traces.ended, traces.eos, []
     ids, pad = words(settings, options.extension_words), prompt_pad(settings, options)
     config = dataclasses.replace(config, group_size=1, trace_pad=options.extension_tokens)
+    schedule = sharding.put(BudgetSchedule.from_prior((options.extension_tokens,)))
     start = jax.random.fold_in(jax.random.key(options.seed), STREAM)
     for step in range(options.extensions):
         rng = [
@@ -99,9 +101,8 @@ def extend(
         thought = [row[:-1] + ids[c] if c >= 0 else row for row, c in zip(thought, chosen)]
         on_device = rows.then(thought, pad, settings.tokenizer.pad_id)
         key = sharding.put(jax.random.fold_in(start, step))
-        new, forks, answers = continuing.sample(
-            settings, config, params, on_device, key, 0, lambda traces: traces.length[:, None], poll
-        )
+        sampled = rollout.sample(settings.model, config, params, on_device, key, schedule, 0, poll)
+        new, forks, answers = sharding.local_rows(sampled[:3])
         word = [options.extension_words[c] if c >= 0 else "" for c in chosen]
         found.append(Extension(thought, word, over, new, forks, answers))
         went_on = zip(thought, over, new.tokens, new.length)
