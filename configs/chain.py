@@ -23,6 +23,7 @@ def get_config(variant: str = "brpo") -> ConfigDict:
     config.learner.optimizer.learning_rate = 3e-4
     config.warm_start.steps = 2500
     config.evaluation.budgets = (9, 18, 27, 36, 45, 54, 63, 72)
+    config.evaluation.update({"extension_tokens": 12, "extension_words": ("wait",)})  # it begins a check
     if "fast" in variant.split(","):
         config.task.update({"min_ops": 3, "max_ops": 8, "max_trace_tokens": 48})
         config.budgets.tokens = (12, 24, 36, 48)[-len(config.budgets.tokens) :]

@@ -34,6 +34,7 @@ ABLATIONS = {
     "grpo_linear": ("group", "linear", "grpo", True, 1, 0.0),
     "grpo_vr": ("brpo", "base", "grpo", True, 1, 0.0),
 }
+EXTENSION_WORDS = ("\nWait", "\nBut wait", "\nAlternatively", "\nBut hold on")  # of arXiv 2503.07572
 MODIFIERS = ("fast", "two_digits")
 
 
@@ -205,6 +206,11 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "answers": 1,
                 "temperature": 1.0,
                 "seed": 0,
+                "forks": "budgets",  # or a rule of the section `episodes`, by `evaluate --forks`
+                "start": False,  # answers before any thinking, too: budget 0, by `evaluate --start`
+                "extensions": 0,  # how often thinking goes on after its end, by `evaluate --extend`
+                "extension_tokens": 2048,  # of thinking in each, at most
+                "extension_words": EXTENSION_WORDS,  # one of which replaces `</think>`
             },
             "checkpoint": {"every": 20, "keep": 2, "keep_every": 0},
             "log": {"samples_every": 20, "samples": 4},

@@ -22,6 +22,7 @@ def get_config(variant: str = "brpo") -> ConfigDict:
     config.learner.optimizer.learning_rate = 5e-4
     config.warm_start.steps = 2000
     config.evaluation.budgets = (3, 6, 9, 12, 15, 18, 21, 24)
+    config.evaluation.update({"extension_tokens": 12, "extension_words": tuple("abcdefgh")})  # a label begins a check
     if "fast" in variant.split(","):
         config.steps = 40
         config.learner.optimizer.learning_rate = 1e-3

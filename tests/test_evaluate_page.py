@@ -37,6 +37,7 @@ SMALL = {
     "evaluation.final_problems": 6,
     "evaluation.budgets": (3, 6, 9),
     "evaluation.answers": 2,
+    "evaluation.extension_words": ("a", "b"),
 }
 WORDS = ("<unk>", "<end>", "</think>", "Answer", "so", *(f"\\boxed{{{n}}}" for n in range(4)), *"0123", "+")
 MODEL = ModelConfig(
@@ -151,8 +152,9 @@ def test_files_of_an_evaluation(whole, capsys):
     parts = {f"completions/sums/{n:05d}.jsonl.gz" for n in range(5)} | {
         f"completions/more/{n:05d}.jsonl.gz" for n in (0, 1)
     }
-    assert names == parts | {"results.json", "scores.npz", "curve.png", "options.json"}
-    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    pictures = {"curve.png", "tokens.png", "regret.png"}
+    assert names == parts | pictures | {"results.json", "scores.npz", "options.json"}
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     results = results_of(whole)
     assert results["budgets"] == [2, 4, 6] and results["traces"] == 4 and results["answers"] == 1
     assert results["temperature"] == 0.6 and results["variant"] == "model" and results["step"] == 0
@@ -269,14 +271,29 @@ def test_an_embedded_run(run, tmp_path):
     assert_equals_loops(results, lines, "peak", (3, 6, 9), (9,), 0)
     assert report.load_run(run).correct.shape == (6, 1, 3, 2)
     # Scores of a shape that another test has: what sums them up compiles for each shape.
-    given = ("--step=2", "--traces=4", "--answers=1", "--budgets=2,5,8", "--seed=2", "--problems=4")
+    given = (
+        "--step=2",
+        "--traces=4",
+        "--answers=1",
+        "--budgets=2,5",
+        "--seed=2",
+        "--problems=4",
+        "--start",
+        "--extend=2",
+    )
     page(f"--workdir={run}", f"--out={tmp_path}", *given, "--temperature=1.5", "--regret_tokens=5")
     other = results_of(tmp_path)
-    assert (other["step"], other["tokens"], other["budgets"], other["problems"]) == (2, 200, [2, 5, 8], 4)
+    assert (other["step"], other["tokens"], other["budgets"], other["problems"]) == (2, 200, [0, 2, 5], 4)
     assert (other["traces"], other["answers"], other["temperature"], other["evaluation_seed"]) == (4, 1, 1.5, 2)
     lines = read_lines(tmp_path / "evaluation" / "completions" / "peak")
     assert {len(line["answers"][0]) for line in lines} == {1} and len(lines) == 16
-    assert_equals_loops(other, lines, "peak", (2, 5, 8), (5,), 2)
+    assert {line["forks"][0] for line in lines} == {0} and {len(line["extensions"]) for line in lines} == {2}
+    assert_equals_loops(other, lines, "peak", (0, 2, 5), (5,), 2)
+    found = other["extrapolation"]
+    assert len(found["accuracy"]) == 3 and found["accuracy"][0] == other["final"] and found["gain"][0] == 0
+    assert found["thinking"] == sorted(found["thinking"]) and set(found["sets"]) == {"peak"}
+    with np.load(tmp_path / "evaluation" / "extended.npz") as scores:
+        assert scores["correct"].shape == (4, 4, 3, 1)
 
 
 def test_a_run_of_a_pretrained_model(texts, whole, tmp_path):
@@ -374,6 +391,7 @@ def test_misuse(run, texts, tmp_path, monkeypatch, arguments, said):
         (("--workdir=RUN", "--budgets=6,3"), "strictly increase"),
         (("--workdir=RUN", "--budgets=3,200"), "model.max_position=128"),
         (("--workdir=RUN", "--temperature=-1"), "evaluation.temperature=-1"),
+        (("--workdir=RUN", "--extend=9"), "extensions=9 of evaluation.extension_tokens=12 .*model.max_position=128"),
         (("--workdir=RUN", "--temperature=0"), "greedy samples are all alike"),
         (("--workdir=RUN", "--step=3", "--out=OUT"), r"No checkpoint of step 3 .*\[2, 4\]"),
         (("--config=TEXTS/experiment.py", "--data=TEXTS/sums", "--out=OUT"), "init is empty: name the model"),

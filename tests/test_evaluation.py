@@ -184,6 +184,39 @@ def test_nothing_compiles_once_sampling_begins(monkeypatch):
     assert (result.length <= 64).any()
 
 
+def test_forks_after_episodes(kept, tmp_path):
+    """The same thinking, cut at its start and before each `a` and `b` within it, up to two of them."""
+    section = peak.get_config("brpo").episodes.to_dict() | {"rule": "delimiters", "markers": ("a", "b")}
+    section |= {"max_cuts": 2, "group": 1}
+    result = evaluate(epath.Path(tmp_path), episodes=section, start=True)
+    lines, whole = read_lines(tmp_path), texts(kept[1])
+    for line in lines:
+        words = line["text"].split()
+        assert line["text"] == whole[line["id"], line["trace"]][0]
+        cuts = [place for place, word in enumerate(words) if place and word in ("a", "b")][:2]
+        assert line["forks"] == [0, *cuts, *[len(words)] * (3 - len(cuts))]
+        finished = [line["ended"] and fork == len(words) for fork in line["forks"]]
+        assert line["inserted"] == [1 if end else 2 for end in finished]
+    assert len({tuple(line["forks"][1:3]) for line in lines}) > 5
+    np.testing.assert_array_equal(result.forks.reshape(-1, 4), [line["forks"] for line in lines])
+    found = summary.metrics(result, (9,))["unfinished"].value()
+    want = [np.mean([not (x["ended"] and x["forks"][s] == x["tokens"]) for x in lines]) for s in range(4)]
+    np.testing.assert_allclose(found, want)
+    assert dataclasses.replace(OPTIONS, episodes=section, start=True).columns == (0, 1, 2, 3)
+
+
+def test_a_start_is_a_column_of_its_own(kept, tmp_path):
+    """Answers before any thinking come first; those at budgets stay what they are without."""
+    whole, with_start = texts(kept[1]), texts(tmp_path, start=True)
+    assert with_start.keys() == whole.keys()
+    for key, (text, answers, forks) in with_start.items():
+        assert (text, answers[1:], forks[1:]) == whole[key] and forks[0] == 0
+    lines = read_lines(tmp_path)
+    assert {line["inserted"][0] for line in lines} == {2}, "thinking is cut before its first token"
+    assert len({answer["text"] for line in lines for answer in line["answers"][0]}) > 1
+    assert dataclasses.replace(OPTIONS, start=True).columns == (0, *BUDGETS)
+
+
 @pytest.mark.parametrize(
     ("problem_count", "traces", "rows"), [(11, 5, 12), (3, 10, 4), (1, 7, 7), (5, 1, 2), (2, 9, 2)]
 )
@@ -269,6 +302,27 @@ def test_default_rows_are_an_even_share(problem_count, rows):
 def test_options_are_checked(changes, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(OPTIONS, **changes)
+
+
+def test_what_only_the_page_does():
+    """Training's small evaluations have budgets only; the page adds what the section says."""
+    config = peak.get_config("brpo").unlock()
+    config.evaluation.update({"start": True, "forks": "delimiters", "extensions": 2})
+    plain = Options.from_config(config.evaluation)
+    assert plain == Options(tuple(config.evaluation.budgets), 1, 8, 1.0, 0)
+    options = plain.for_page(config)
+    assert options.columns == (0, 1, 2, 3, 4), "episodes of two checks"
+    assert (options.extensions, options.extension_tokens, options.extension_words[:2]) == (2, 12, ("a", "b"))
+    config.evaluation.update({"forks": "blocks", "start": False})
+    config.episodes.block = 10
+    assert plain.for_page(config).columns == (1, 2, 3)
+    for changes, said in (
+        ({"forks": "words"}, "evaluation.forks='words' is unknown"),
+        ({"forks": "paragraphs"}, "most=0"),
+    ):
+        config.evaluation.update(changes)
+        with pytest.raises(ValueError, match=said):
+            plain.for_page(config)
 
 
 def test_greedy_takes_one_sample():
@@ -408,8 +462,24 @@ def one_problem(traces, budgets, limits):
         found.setdefault(name, []).append(np.mean([RATES[name](trace, s, budgets) for trace in traces]))
     for limit in limits:
         found[f"regret@{limit}"] = np.mean([regret(trace, limit) for trace in traces])
+    points = [[(spent(trace, s), pooled(trace, s, is_right)) for s in S] for trace in traces]
+    found["spent"] = [np.mean([trace[s][0] for trace in points]) for s in S]
+    for name, best in (("", lambda trace: 1.0), ("_best", lambda trace: max(score for _, score in trace))):
+        found[f"cumulative_regret{name}"] = [
+            np.mean([sum(best(trace) - trace[j][1] for j in range(s + 1)) for trace in points]) for s in S
+        ]
+    k = 2
+    while k <= len(answers):
+        found[f"fork_maj@{k}"] = [np.mean([majority(trace["answers"][s], k) for trace in traces]) for s in S]
+        more = [[pooled(trace, s, lambda x, t, answer: answer["tokens"]) for s in S] for trace in traces]
+        found[f"fork_maj_tokens@{k}"] = [
+            np.mean([point[s][0] + (k - 1) * extra[s] for point, extra in zip(points, more)]) for s in S
+        ]
+        k *= 2
     found["mean_length"] = np.mean([trace["tokens"] for trace in traces])
     found = {name: (value, np.ones(np.shape(value))) for name, value in found.items()}
+    change = [np.mean([trace[s][1] - trace[s - 1][1] for trace in points]) if s else 0.0 for s in S]
+    found["progress"] = (change, [min(s, 1) for s in S])
     right = [trace["tokens"] for t, trace in enumerate(traces) if np.mean(score(t, -1)) > 0.5]
     wrong = [trace["tokens"] for t, trace in enumerate(traces) if np.mean(score(t, -1)) <= 0.5]
     return found | {"mean_length_correct": (sum(right), len(right)), "mean_length_wrong": (sum(wrong), len(wrong))}
@@ -457,12 +527,17 @@ RATES = {
 }
 
 
+def spent(trace, s):
+    """Tokens of prompt, prefix, insertion and one answer."""
+    after = pooled(trace, s, lambda x, t, answer: x["inserted"][t] + answer["tokens"])
+    return trace["prompt_tokens"] + trace["forks"][s] + after
+
+
 def regret(trace, limit):
     """1 - area / limit under a curve from (0, 0), cut at the limit, flat behind its end."""
     xs, ys = [0.0], [0.0]
-    for s, fork in enumerate(trace["forks"]):
-        spent = pooled(trace, s, lambda x, t, answer: x["inserted"][t] + answer["tokens"])
-        xs.append(max(xs[-1], trace["prompt_tokens"] + fork + spent))
+    for s in range(len(trace["forks"])):
+        xs.append(max(xs[-1], spent(trace, s)))
         ys.append(pooled(trace, s, is_right))
     area = 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(zip(xs, ys)):
@@ -641,6 +716,7 @@ def test_scores_on_disk(kept, tmp_path):
 
 def evaluated(name, sets, **changes):
     about = {"budgets": [3, 6, 9], "traces": N, "answers": A, "temperature": 0.6, "evaluation_seed": 0}
+    about["forks"] = "budgets"
     return comparison.Evaluated(name, about | {"regret_tokens": [9]} | changes, sets)
 
 
@@ -720,6 +796,7 @@ def test_what_cannot_be_compared_is_refused():
     a = evaluated("a", x)
     for other, said in (
         (evaluated("b", x, budgets=[3, 6, 12]), r"budgets differ: a has \[3, 6, 9\], b has \[3, 6, 12\].*--budgets"),
+        (evaluated("b", x, forks="episodes"), "forks differ: a has budgets, b has episodes.*--forks"),
         (evaluated("b", x, traces=8), "traces differ: a has 5, b has 8.*--traces"),
         (evaluated("b", {"y": x["x"]}), r"no set is shared: a has \['x'\], b has \['y'\]"),
         (evaluated("b", {"x": make(random_scores(0, 30), ids=range(50, 80))}), "share no problem"),

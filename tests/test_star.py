@@ -197,10 +197,10 @@ def test_a_killed_run_comes_to_the_same_bits(whole, tmp_path, monkeypatch, cache
     for owner, name, call in (
         (completions, "write", 2),
         (selected, "_sha256", 1),
-        (learner, "supervised_step", 3),
+        (learner, "supervised_step", 2),
         (star, "summary", 1),
         (completions, "write", 1),
-        (checkpoint.Checkpointer, "save", 4),
+        (checkpoint.Checkpointer, "save", 2),
     ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, name, dying(getattr(owner, name), call))

@@ -15,6 +15,9 @@ are then. One line a trace:
                            judged it: text, symbolic, timeout, crash)
     prompt, ids            only where they are asked for: the problem's text, and the tokens of the trace; an answer has
                            ids, too: the inserted tokens, then the sampled ones
+    extensions             only where thinking went on after the last budget: one object an extension, with word (what
+                           replaced `</think>`; empty: nothing), text (what followed), sampled (its tokens), tokens (of
+                           all thinking up to its end), ended, eos, inserted and the list answers
 """
 
 import dataclasses
@@ -155,12 +158,10 @@ def gather(mine: dict[int, list[dict]]) -> dict[int, list[dict]]:
     if jax.process_count() == 1:
         return mine
 
-    def short(line: dict) -> dict:
-        return {
-            key: [[short(answer) for answer in column] for column in value] if key == "answers" else value
-            for key, value in line.items()
-            if key not in ("text", "ids", "prompt")
-        }
+    def short(value):
+        if isinstance(value, dict):
+            return {key: "" if key == "text" else short(x) for key, x in value.items() if key not in ("ids", "prompt")}
+        return [short(x) for x in value] if isinstance(value, list) else value
 
     everyone = _gather([[number, [short(line) for line in found]] for number, found in mine.items()])
     return {number: found for theirs in everyone for number, found in theirs}

@@ -176,8 +176,8 @@ def demonstration_batch(
         prompt = problem.prompt.split()
         rows.append([ids[word] for word in (*prompt, *demonstration.text.split())])
         targets.append([False] * len(prompt) + [not masked for masked in demonstration.masked])
-    tokens, length = _pad_right(rows, row_length, tokenizer.pad_id, "row_length", np.int32)
-    target_mask, _ = _pad_right(targets, row_length, False, "row_length", np.bool_)
+    tokens, length = pad_right(rows, row_length, tokenizer.pad_id, "row_length", np.int32)
+    target_mask, _ = pad_right(targets, row_length, False, "row_length", np.bool_)
     return tokens, length, target_mask
 
 
@@ -208,12 +208,12 @@ def _read(source: Sequence[Problem], indices: Sequence[int]) -> list[Problem]:
 def _collate(problems: Sequence[Problem], tokenizer: Tokenizer, pad: int) -> Batch:
     """Problems as one batch, prompts padded on the right to `pad` tokens."""
     rows = tokenizer.encode_prompts([problem.prompt for problem in problems])
-    tokens, length = _pad_right(rows, pad, tokenizer.pad_id, "prompt_pad", np.int32)
+    tokens, length = pad_right(rows, pad, tokenizer.pad_id, "prompt_pad", np.int32)
     prompts = Prompts(tokens=tokens, length=length, id=np.array([problem.id for problem in problems], np.uint32))
     return Batch(problems=tuple(problems), prompts=prompts, valid=np.ones(len(problems), bool))
 
 
-def _pad_right(rows: list[list], width: int, fill, name: str, dtype) -> tuple[np.ndarray, np.ndarray]:
+def pad_right(rows: list[list], width: int, fill, name: str, dtype) -> tuple[np.ndarray, np.ndarray]:
     """(padded [n, width], length i32[n]); `name` is the caller's name of `width`."""
     length = np.array([len(row) for row in rows], np.int32)
     if length.max() > width:

@@ -7,10 +7,17 @@
 RUN is a training run's workdir; DIR of --model a Hugging Face directory or a converted checkpoint. --budgets, --traces,
 --answers, --temperature, --seed and --problems replace what the configuration's section `evaluation` says.
 
-Writes OUT/evaluation/ (OUT is the workdir unless given): results.json, scores.npz, curve.png, options.json, and every
-completion as completions/SET/00000.jsonl.gz. An evaluation that was killed, or stopped by SIGTERM, goes on when called
-again, also on another mesh or number of processes. Several processes are started as those of training, with one OUT
-that all can read and write.
+Writes OUT/evaluation/ (OUT is the workdir unless given): results.json, scores.npz, options.json, pictures of accuracy
+against budgets (curve.png) and against tokens (tokens.png: one answer, and the majority of k answers at a fork) and of
+cumulative regret (regret.png), and every completion as completions/SET/00000.jsonl.gz. An evaluation that was killed,
+or stopped by SIGTERM, goes on when called again, also on another mesh or number of processes. Several processes are
+started as those of training, with one OUT that all can read and write.
+
+--forks=delimiters (or paragraphs, blocks) forces answers after each episode of the thinking, as the section `episodes`
+says, in place of the budgets: numbers of results.json that are one a budget are then one an episode.
+--start forces answers before any thinking, too: budget 0, which counts as the others do in means over budgets.
+--extend=N goes beyond the last budget: N times, a word such as `Wait` replaces the `</think>` of a trace, which thinks
+on for up to evaluation.extension_tokens tokens (`extrapolation` in results.json, extended.npz, tokens.png).
 """
 
 import dataclasses
@@ -30,7 +37,9 @@ from tto_jax import (
     comparison,
     completions,
     distributed,
+    episodes,
     evaluation,
+    extrapolation,
     host,
     inputs,
     metrics,
@@ -61,6 +70,11 @@ _TEMPERATURE = flags.DEFINE_float("temperature", None, "Of traces and answers; d
 _SEED = flags.DEFINE_integer("seed", None, "Of the sampled traces and answers; default: evaluation.seed.")
 _PROBLEMS = flags.DEFINE_integer(
     "problems", None, "Problems of each set; default: evaluation.final_problems.", lower_bound=1
+)
+_FORKS = flags.DEFINE_enum("forks", None, episodes.RULES, "Where answers are forced; default: evaluation.forks.")
+_START = flags.DEFINE_bool("start", None, "Answers before any thinking, too, as budget 0; default: evaluation.start.")
+_EXTEND = flags.DEFINE_integer(
+    "extend", None, "How often thinking goes on after its end; default: evaluation.extensions.", lower_bound=0
 )
 _MESH = flags.DEFINE_list(
     "mesh", None, "Devices along data,fsdp,tensor; default: as the configuration says.", allow_override=True
@@ -98,7 +112,8 @@ def main(argv):
     plan = settings.build(config)
     mesh = mesh_of(plan)
     plan = plan.on(mesh)
-    options = evaluation.Options.from_config(config.evaluation)
+    options = evaluation.Options.from_config(config.evaluation).for_page(config)
+    extrapolation.check(plan, options)
     limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
     folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
     distributed.say(distributed.banner(mesh))
@@ -125,10 +140,14 @@ def main(argv):
             distributed.say(f"{stopped}: what was sampled is kept in {folder}, the same command goes on from there")
             return
     if jax.process_index() == 0:
-        record = summary.summarize(results, options.budgets, options.seed, tuple(limits))
+        record = summary.summarize(results, options.columns, options.seed, tuple(limits))
         for name, found in sets.items():
             record["sets"][name]["dropped"] = found.dropped
         record |= about(subject, options, limits, step, results)
+        if options.extensions:
+            extended = {name: result.extended for name, result in results.items()}
+            record["extrapolation"] = summary.extrapolation(extended, options.seed)
+            evaluation.save(folder / "extended.npz", extended)
         write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
 
 
@@ -221,6 +240,9 @@ def override(wanted: ConfigDict) -> None:
         "answers": _ANSWERS.value,
         "temperature": _TEMPERATURE.value,
         "seed": _SEED.value,
+        "forks": _FORKS.value,
+        "start": _START.value,
+        "extensions": _EXTEND.value,
     }
     with wanted.ignore_type():
         wanted.update({name: value for name, value in given.items() if value is not None})
@@ -281,7 +303,8 @@ def about(subject: Subject, options, limits, step, results) -> dict:
     config = subject.config
     seconds, new_tokens = (sum(getattr(r, name) for r in results.values()) for name in ("seconds", "new_tokens"))
     return {
-        "budgets": list(options.budgets),
+        "forks": "budgets" if options.episodes is None else "episodes",
+        "budgets": list(options.columns),
         "traces": options.traces,
         "answers": options.answers,
         "temperature": options.temperature,
@@ -321,9 +344,11 @@ def write(folder: epath.Path, config: dict, record: dict, results: dict[str, eva
     evaluation.save(folder / "scores.npz", results)
     (folder / "results.json").write_text(json.dumps(record, indent=2))
     run = report.load_run(folder.parent, training=False)  # which may lie elsewhere
-    picture = io.BytesIO()
-    report.curves(report.with_sets(run)).savefig(picture, format="png")
-    (folder / "curve.png").write_bytes(picture.getvalue())
+    figures = {"curve": report.curves(report.with_sets(run)), "tokens": report.by_tokens(run)}
+    for name, figure in (figures | {"regret": report.cumulative_regret(run)}).items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        (folder / f"{name}.png").write_bytes(picture.getvalue())
     each = record["sets"] if len(record["sets"]) > 1 else {}
     for name, found in {**each, record["variant"]: record}.items():
         print(line(name, record["budgets"], found))

@@ -1,4 +1,4 @@
-"""Accuracy at budgets: rollouts whose forks are the evaluation's budgets, answers decoded from the shared traces.
+"""Accuracy at budgets or after episodes: rollouts whose answers are decoded from the shared traces at these forks.
 
 Keys depend on the seed, the problem, the trace and the answer only: runs are compared on common random numbers,
 whatever the rows of a rollout, the mesh and the processes. A set is divided into parts; in a rollout every shard of the
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, data, grading, rollout, sharding
+from tto_jax import completions, data, episodes, extrapolation, grading, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
@@ -40,12 +40,25 @@ class Options:
     seed: int
     rows: int = 0  # most traces of one part; 0: see `default_rows`
     ids: bool = False  # prompts and tokens are kept beside the texts
+    episodes: dict | None = None  # the section `episodes`: answers are forced after each of them; None: at the budgets
+    start: bool = False  # answers before any thinking, too: the first column, budget 0
+    extensions: int = 0  # how often thinking that has ended goes on after the last budget, see `extrapolation`
+    extension_tokens: int = 0  # of thinking in each, at most
+    extension_words: tuple[str, ...] = ()  # one of which replaces the `</think>`
 
     def __post_init__(self):
         BudgetSchedule.from_prior(self.budgets)
-        for name, least in (("traces", 1), ("answers", 1), ("rows", 0), ("temperature", 0.0)):
+        least_of = {"traces": 1, "answers": 1, "rows": 0, "temperature": 0.0, "extensions": 0}
+        for name, least in (least_of | ({"extension_tokens": 1} if self.extensions else {})).items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}: it must be at least {least}")
+        if self.extensions and not self.extension_words:
+            raise ValueError(
+                f"evaluation.extensions={self.extensions} with extension_words=(): name words that go on, such as "
+                "('\\nWait', '\\nBut wait'), or of an embedded task words of its vocabulary"
+            )
+        if self.episodes is not None:
+            episodes.of_section(self.episodes, None, self.budgets[-1])
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"evaluation.seed={self.seed}: seeds lie in [0, 2**32)")
         if self.temperature == 0 and (self.traces > 1 or self.answers > 1):
@@ -56,7 +69,7 @@ class Options:
 
     @classmethod
     def from_config(cls, config, rows: int = 0) -> "Options":
-        """Of a configuration's section `evaluation`."""
+        """Of a configuration's section `evaluation`, without the extensions: those are the page's only."""
         return cls(
             budgets=tuple(config.budgets),
             traces=config.traces,
@@ -66,10 +79,32 @@ class Options:
             rows=rows,
         )
 
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Of the results' columns, in their order: budgets in tokens, or numbers of episodes; 0 for a start."""
+        found = self.budgets
+        if self.episodes is not None:
+            size = episodes.of_section(self.episodes, None, self.budgets[-1]).size
+            found = tuple(range(1, size + 1))
+        return (0, *found) if self.start else found
+
+    def for_page(self, config) -> "Options":
+        """These, with what only the page does of a configuration: answers after episodes, the start, extensions."""
+        wanted = config.evaluation
+        if wanted.forks not in episodes.RULES:
+            raise ValueError(f"evaluation.forks={wanted.forks!r} is unknown: choose one of {episodes.RULES}")
+        changes = {"start": wanted.start}
+        if wanted.forks != "budgets":
+            changes["episodes"] = config.episodes.to_dict() | {"rule": wanted.forks}
+        if wanted.extensions:
+            changes |= {name: wanted[name] for name in ("extensions", "extension_tokens")}
+            changes["extension_words"] = tuple(wanted.extension_words)
+        return dataclasses.replace(self, **changes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores of every answer of one set, on the host."""
+    """Scores of every answer of one set, on the host. A start counts among the S columns."""
 
     correct: np.ndarray  # f32[B, n, S, A]
     formatted: np.ndarray  # bool[B, n, S, A]
@@ -84,14 +119,15 @@ class Evaluation:
     grading: dict[str, int]  # answers that were judged in each way
     seconds: float = 0.0  # spent on sampling and grading
     new_tokens: int = 0  # sampled in these seconds, by all processes; the others were read back
+    extended: "Evaluation | None" = None  # its columns: the trace's end, then after each extension
 
     @property
     def tokens(self) -> int:
-        """Sampled, of traces and answers."""
+        """Sampled, of traces and answers; without extensions."""
         return int(self.length.sum()) + int(self.answer_length.sum())
 
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(Evaluation))[:-3]
+ARRAYS = tuple(field.name for field in dataclasses.fields(Evaluation))[:-4]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +139,21 @@ class Part:
     traces: range
 
 
-def default_rows(settings: Settings, options: Options, problems: int, columns: int = 0) -> int:
+def default_rows(settings: Settings, options: Options, problems: int) -> int:
     """Traces of a part: those that take about half of a device's memory, at most 256; at most an even share of
-    `problems` for each shard of the context's mesh. columns: forks of a trace; 0: as many as budgets.
+    `problems` for each shard of the context's mesh.
 
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
-    one layer's attention scores of the answers (or of the prompt's prefill).
+    one layer's attention scores of the answers (or of the prompt's prefill). An extension's prompt holds the trace.
     """
-    model, size = settings.model, (columns or len(options.budgets)) * options.answers
-    trunk = settings.prompt_pad + options.budgets[-1]
+    model, size = settings.model, len(options.columns) * options.answers
+    prompt, trunk = settings.prompt_pad, settings.prompt_pad + options.budgets[-1]
+    if options.extensions:
+        prompt = extrapolation.prompt_pad(settings, options)
+        trunk = prompt + options.extension_tokens
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
-    scores = 4 * model.num_heads * max(size * trunk, settings.prompt_pad**2)
+    scores = 4 * model.num_heads * max(size * trunk, prompt**2)
     device = jax.local_devices()[0].memory_stats() or {}
     memory = device.get("bytes_limit", UNKNOWN_MEMORY) // 2
     share = -(-problems // sharding.whole_rows(1)) * options.traces
@@ -147,7 +186,6 @@ def evaluate(
     problems: Sequence[Problem],
     options: Options,
     *,
-    cuts: rollout.Cuts | None = None,
     folder: epath.Path | None = None,
     on_part: Callable[[int, float], None] = lambda traces, accuracy: None,
     poll: Callable[[], None] = lambda: None,
@@ -159,7 +197,6 @@ def evaluate(
       params: of the model, on the context's mesh. With several processes it has all their devices.
       problems: at least one; their prompts fit.
       options: what is sampled.
-      cuts: where traces of at most the last budget are cut; None: at the budgets.
       folder: where the completions are kept, of all processes. Parts that are there are read back, not sampled again.
       on_part: called after every part with its number of traces and its accuracy at the last budget.
       poll: called between the segments of a rollout and at its end; what it raises ends the evaluation.
@@ -169,8 +206,7 @@ def evaluate(
     """
     if not len(problems):
         raise ValueError("there are no problems to evaluate")
-    cuts = cuts or rollout.Cuts(BudgetSchedule.from_prior(options.budgets))
-    rows = options.rows or default_rows(settings, options, len(problems), cuts.size)
+    rows = options.rows or default_rows(settings, options, len(problems))
     # Whole before anything else is begun: collectives of two programs may meet in another order on another process.
     params = jax.block_until_ready(rollout.weights(settings.model, params))
     plan = list(parts(len(problems), options.traces, rows))
@@ -183,10 +219,12 @@ def evaluate(
         answers=options.answers,
         sample=SampleConfig(temperature=options.temperature),
     )
-    found, seconds, new_tokens = {}, 0.0, 0
+    found, extended, seconds, new_tokens = {}, {}, 0.0, 0
 
     def add(part, lines):
         found[part.number] = columns = completions.columns(lines)
+        if options.extensions:
+            extended[part.number] = extrapolation.columns(lines)
         on_part(len(lines), float(columns["correct"][:, -1].mean()))
 
     there = completions.parts_in(folder) if folder else ()
@@ -197,7 +235,7 @@ def evaluate(
     for together in rounds(todo, sharding.whole_rows(1)):
         begin = time.perf_counter()
         warm = together[0] is not todo[0]
-        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, cuts, poll, warm)
+        mine = _sample(settings, config, params, problems, together, len(plan[0].problems), options, poll, warm)
         for number, lines in mine.items() if folder else ():
             completions.write(completions.part_path(folder, number), lines)
         everyone = completions.gather(mine)
@@ -205,11 +243,17 @@ def evaluate(
         for part in together:
             add(part, everyone[part.number])
             new_tokens += int(sum(found[part.number][name].sum() for name in ("length", "answer_length")))
+            new_tokens += extrapolation.sampled(everyone[part.number]) if options.extensions else 0
         poll()
-    return _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
+    result = _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
+    if not options.extensions:
+        return result
+    return dataclasses.replace(
+        result, extended=_assemble([extended[part.number] for part in plan], len(problems), 0.0, 0)
+    )
 
 
-def _sample(settings, config, params, problems, together, size, options, cuts, poll, warm) -> dict[int, list[dict]]:
+def _sample(settings, config, params, problems, together, size, options, poll, warm) -> dict[int, list[dict]]:
     """The lines of those parts of a round that this process has, by number.
 
     Every shard has room for `size` problems; repeated problems, traces and parts only fill it. Unless `warm`, what
@@ -226,14 +270,17 @@ def _sample(settings, config, params, problems, together, size, options, cuts, p
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *[batch.prompts for batch in batches])
     on_device = sharding.put_rows(prompts)
     key = sharding.put(jax.random.fold_in(jax.random.key(options.seed), STREAM))
-    cuts = dataclasses.replace(cuts, schedule=sharding.put(cuts.schedule))
     numbers = together[0].traces
+    cuts = _cuts(options, settings.tokenizer)
     if not warm and len(config.buckets) > 1:
         rollout.compile_all(settings.model, config, params, on_device, key, cuts)
-    traces, forks, answers, _ = rollout.sample(
-        settings.model, config, params, on_device, key, cuts, numbers.start, poll
-    )
-    local = sharding.local_rows((traces, forks, answers))
+    sampled = rollout.sample(settings.model, config, params, on_device, key, cuts, numbers.start, poll)
+    local = sharding.local_rows(sampled[:3])
+    if options.start:
+        local = (local[0], *jax.tree.map(lambda x: np.roll(x, 1, axis=1), local[1:]))
+    extensions = []
+    if options.extensions:
+        extensions = extrapolation.extend(settings, config, params, prompts, local[0], numbers.start, options, poll)
     if not mine:
         return {}
 
@@ -242,13 +289,33 @@ def _sample(settings, config, params, problems, together, size, options, cuts, p
     of_trace = (rows[:, None] * config.group_size + np.arange(len(numbers))).reshape(-1)
     traces, forks, answers = jax.tree.map(lambda x: x[of_trace], local)
     chosen = [problem for part in mine for problem in _of(part, problems)]
-    graded = grading.grade(settings.task, settings.tokenizer, chosen, traces, forks, answers)
     names = [name for part in mine for name in _names(part, problems)]
     if options.ids:
         names = [name | {"prompt": problems[name["index"]].prompt} for name in names]
     length = np.repeat(prompts.length[rows], len(numbers))
-    lines = iter(completions.lines(settings.tokenizer, names, length, traces, forks, answers, graded, options.ids))
+
+    def lines_of(*sampled):
+        graded = grading.grade(settings.task, settings.tokenizer, chosen, *sampled)
+        return completions.lines(settings.tokenizer, names, length, *sampled, graded, options.ids)
+
+    extensions = [extrapolation.take(extension, of_trace) for extension in extensions]
+    continued = [(one, lines_of(one.traces, one.forks, one.answers)) for one in extensions]
+    lines = iter(extrapolation.lines_with(lines_of(traces, forks, answers), continued))
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
+
+
+def _cuts(options: Options, tokenizer) -> rollout.Cuts:
+    """The start comes last, so that the samples at the other cuts do not depend on it."""
+    tokens = np.array([*options.budgets, 0] if options.start else options.budgets, np.int32)
+    if options.episodes is None:
+        weights = np.full(tokens.shape, 1 / tokens.size, np.float32)
+        return rollout.Cuts(sharding.put(BudgetSchedule(tokens=tokens, weights=weights)))
+    found = episodes.of_section(options.episodes, tokenizer, options.budgets[-1])
+
+    def rule(tokens, length):
+        return np.pad(found(tokens, length), ((0, 0), (0, int(options.start))))
+
+    return rollout.Cuts(sharding.put(BudgetSchedule.from_weights(np.ones(len(options.columns)))), rule=rule)
 
 
 def _of(part: Part, problems: Sequence[Problem]) -> list[Problem]:

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -349,10 +350,51 @@ def curves(runs: Sequence[Run]):
             mean = 100 * np.mean([run.results["accuracy"] for run in members], axis=0)
             label = f"{variant} (mean of {len(members)} runs)"
             axis.plot(budgets, mean, marker="o", markersize=3.5, linewidth=2.2, label=label, **style)
-    axis.set_xlabel("thinking budget (tokens)")
+    axis.set_xlabel(_columns(runs[0]))
     axis.set_ylabel("accuracy (%)")
     axis.legend(frameon=False)
     return figure
+
+
+def _columns(run: Run) -> str:
+    of_episodes = "forks" in run.results and run.results["forks"] == "episodes"
+    return "episodes of thinking" if of_episodes else "thinking budget (tokens)"
+
+
+def by_tokens(run: Run):
+    """Accuracy against the tokens of prompt, prefix and answers: of one answer, of the majority of k at a fork,
+    and of thinking that was made to go on.
+    """
+    figure, (axis,) = _axes(1)
+    votes = sorted(int(name.split("@")[1]) for name in run.results if re.fullmatch(r"fork_maj@\d+", name))
+    lines = [("accuracy", "spent", "one answer")]
+    lines += [(f"fork_maj@{k}", f"fork_maj_tokens@{k}", f"majority of {k} answers") for k in votes]
+    for accuracy, tokens, label in lines:
+        _band(axis, run.results, run.results[tokens], accuracy, 100, f"{label} (95% band)")
+    if "extrapolation" in run.results:
+        found = run.results["extrapolation"]
+        _band(axis, found, found["spent"], "accuracy", 100, "thinking made to go on (95% band)")
+    axis.set_xlabel("tokens of prompt, thinking and answers")
+    axis.set_ylabel("accuracy (%)")
+    axis.legend(frameon=False)
+    return figure
+
+
+def cumulative_regret(run: Run):
+    """Cumulative regret against budget."""
+    figure, (axis,) = _axes(1)
+    for name, label in (("cumulative_regret", "against 1"), ("cumulative_regret_best", "against the trace's best")):
+        _band(axis, run.results, run.results["budgets"], name, 1, f"{label} (95% band)")
+    axis.set_xlabel(_columns(run))
+    axis.set_ylabel("cumulative regret (forks)")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _band(axis, results: dict, x, name: str, scale: float, label: str) -> None:
+    low, high = scale * np.asarray(results[f"{name}_ci95"]).T
+    (line,) = axis.plot(x, scale * np.asarray(results[name]), marker="o", markersize=3.5, label=label)
+    axis.fill_between(x, low, high, alpha=0.15, linewidth=0, color=line.get_color())
 
 
 def _training(runs: Sequence[Run]):

@@ -132,6 +132,8 @@ def build(config, *, need_model: bool = True) -> Plan:
             temperature=config.rollout.temperature,
             seed=0,
             ids=True,
+            episodes=None if sampling.episodes is None else config.episodes.to_dict(),
+            start=True,
         ),
         rule=rule,
         problems=star.problems,
@@ -229,7 +231,7 @@ def sample(
     bar = metrics.Progress(len(problems) * plan.options.traces, name=f"iteration {iteration}: sample")
     # Every part is safe once it is written: a notice may end the page at any moment.
     with preemption.Notice(may_end=lambda: True) as stop, sharding.use(mesh), bar:
-        rows = rows or evaluation.default_rows(sampling, plan.options, len(problems), sampling.columns)
+        rows = rows or evaluation.default_rows(sampling, plan.options, len(problems))
         options = dataclasses.replace(plan.options, seed=seed, rows=rows)
         about = config.task.to_dict() | {"episodes": config.episodes.to_dict()}
         identity = completions.identity(sampling, params, {"train": problems}, options, about)
@@ -248,7 +250,6 @@ def sample(
                 params,
                 problems,
                 options,
-                cuts=sampling.cuts(sampling.schedule),
                 folder=selected.completions_in(folder),
                 on_part=on_part,
                 poll=functools.partial(stop.check, "sampling"),

@@ -46,19 +46,19 @@ class Metric:
 Metrics = dict[str, Metric]
 
 
-def metrics(result: Evaluation, budgets: tuple[int, ...], limits: tuple[int, ...]) -> Metrics:
-    """Everything that is measured of one set, by name. Lists have one number a budget.
+def metrics(result: Evaluation, limits: tuple[int, ...]) -> Metrics:
+    """Everything that is measured of one set, by name. Lists have one number a budget, or an episode.
 
     Args:
       result: of the set, n traces a problem.
-      budgets: S token budgets.
       limits: token counts C0 of the normalised regret.
 
     Returns:
       accuracy (avg@n), pass@k and maj@k for k = 1, 2, 4.. <= n, overthinking, formatted and unfinished, all at every
       budget; anytime and final, the mean and the last of accuracy; mean_length in tokens, also over the traces with
-      more than half of the final answers right (mean_length_correct) and over the others (mean_length_wrong);
-      regret@C0. pass@k and maj@k take one answer from each of k traces; a mean over the A answers of a trace follows.
+      more than half of the final answers right (mean_length_correct) and over the others (mean_length_wrong); what
+      `_points` says. pass@k and maj@k take one answer from each of k traces; a mean over the A
+      answers of a trace follows.
     """
     accuracy = result.correct.mean(axis=(1, 3), dtype=np.float64)
     n = result.correct.shape[1]
@@ -67,14 +67,13 @@ def metrics(result: Evaluation, budgets: tuple[int, ...], limits: tuple[int, ...
     sizes = [2**i for i in range(n.bit_length())]
     found |= {f"pass@{k}": Metric.mean(_pass_at(result.correct, k)) for k in sizes}
     found |= {f"maj@{k}": Metric.mean(_maj_at(result.vote, k)) for k in sizes}
-    unfinished = (result.length[..., None] > np.asarray(budgets)) | ~result.ended[..., None]
+    unfinished = ~(result.ended[..., None] & (result.forks == result.length[..., None]))
     found |= {
         "overthinking": Metric.mean(_overthinking(result.correct, result.forks)),
         "formatted": Metric.mean(result.formatted.mean(axis=(1, 3))),
         "unfinished": Metric.mean(unfinished.mean(axis=1)),
     }
-    regret = _regret(result, limits)
-    return found | _lengths(result) | {f"regret@{c}": Metric.mean(regret[:, i]) for i, c in enumerate(limits)}
+    return found | _lengths(result) | _points(result, limits)
 
 
 def _lengths(result: Evaluation) -> Metrics:
@@ -114,15 +113,54 @@ def _overthinking(correct, forks):
     return jax.lax.map(one, (correct, forks), batch_size=_AT_ONCE)
 
 
-def _regret(result: Evaluation, limits: tuple[int, ...]) -> np.ndarray:
-    """Normalised regret f32[B, C] (arXiv 2503.07572), of each trace, then the mean over traces.
+def _points(result: Evaluation, limits: tuple[int, ...]) -> Metrics:
+    """What the points of a trace's curve say (arXiv 2503.07572): of each trace, then the mean over traces.
 
-    A point of a trace's curve is (prompt + trace + inserted + sampled tokens, score), both means over all answers that
-    share the fork. Where shorter answers make a longer prefix cheaper, it counts as much as the one before.
+    A point is (tokens, J): prompt + trace + inserted + sampled tokens of one answer, and the score, means over all
+    answers that share the fork. Where a trace has ended, its last point stands for all later columns.
+
+      spent: the tokens. progress: J[s] - J[s-1]; none at the first column, before which there is no score.
+      cumulative_regret, cumulative_regret_best: sum_{j<=s} (J* - J[j]), J* = 1 or the trace's best J. The best of noisy
+        scores is too high on average: that regret is an upper bound, and tighter with more answers.
+      regret@C0: normalised. Where shorter answers make a longer prefix cheaper, it counts as much as the one before.
+      fork_maj@k for k = 2, 4.. <= A: the majority of k answers of one fork, a mean over the A // k groups that there
+        are; fork_maj_tokens@k: what it takes, prompt + trace + inserted tokens once and k answers.
     """
     before = result.prompt_length[:, None, None] + result.forks
     after = result.answer_length + result.inserted[..., None]
-    return np.asarray(regrets(result.correct, result.forks, before, after, np.array(limits, np.float32)))
+    pooled = lambda x: np.asarray(_pool(np.asarray(x, np.float32), result.forks))  # noqa: E731
+    score, cost, sampled = map(pooled, (result.correct, after, result.answer_length))
+    tokens = before + cost
+    over_traces = lambda x: np.asarray(x, np.float64).mean(axis=1)  # noqa: E731
+    change, of_one, of_best = map(over_traces, _along_traces(score))
+    known = np.broadcast_to(np.arange(score.shape[-1]) > 0, change.shape).astype(np.float64)
+    found = {"spent": Metric.mean(over_traces(tokens)), "progress": Metric(change, known)}
+    found |= {"cumulative_regret": Metric.mean(of_one), "cumulative_regret_best": Metric.mean(of_best)}
+    regret = np.asarray(regrets(result.correct, result.forks, before, after, np.array(limits, np.float32)))
+    found |= {f"regret@{c}": Metric.mean(regret[:, i]) for i, c in enumerate(limits)}
+    for k in (2**i for i in range(1, result.correct.shape[-1].bit_length())):
+        votes = np.asarray(_majorities(result.vote.transpose(0, 2, 1, 3), k))
+        found[f"fork_maj@{k}"] = Metric.mean(votes.mean(axis=-1))
+        found[f"fork_maj_tokens@{k}"] = Metric.mean(over_traces(tokens + (k - 1) * sampled))
+    return found
+
+
+@jax.jit
+def _pool(values, forks):
+    """Means over all answers that share a fork, f32[B, n, S] of f32[B, n, S, A]."""
+    one = lambda x: anytime.pooled_accuracy(x[0][None], x[1][None])[0]  # noqa: E731
+    return jax.lax.map(one, (values, forks), batch_size=_AT_ONCE)
+
+
+@jax.jit
+def _along_traces(score):
+    """Progress, 0 at the first column, and cumulative regret against 1 and the best: f32[B, n, S] each."""
+    each = lambda function: jax.vmap(jax.vmap(function))(score)  # noqa: E731
+    return (
+        each(lambda values: progress.block_progress(values, values[0])),
+        each(lambda values: progress.cumulative_regret(values, 1.0)),
+        each(lambda values: progress.cumulative_regret(values, jnp.max(values))),
+    )
 
 
 @jax.jit
@@ -160,10 +198,16 @@ def resample(found: Metrics, counts: jax.Array) -> np.ndarray:
 
 def intervals(found: Metrics, draws: np.ndarray) -> dict[str, list]:
     """[low, high] of every metric, or one a budget, from f32[R, K]; None for what exists in no resample."""
-    bounds = np.stack(anytime.percentile_interval(draws), axis=-1)
+    bounds = np.stack(anytime.percentile_interval(draws))  # [2, K]
+    return {key: plain(np.moveaxis(part, 0, -1)) for key, part in split(found, bounds).items()}
+
+
+def split(found: Metrics, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of f32[R, K], as `resample` lays them out, by metric: f32[R] or f32[R, S] each."""
     ends = np.cumsum([metric.above[0].size for metric in found.values()])
-    parts = np.split(bounds, ends[:-1])
-    return {key: plain(part.reshape(*metric.above.shape[1:], 2)) for part, (key, metric) in zip(parts, found.items())}
+    parts = np.split(draws, ends[:-1], axis=1)
+    shape = lambda metric: (len(draws), *metric.above.shape[1:])  # noqa: E731
+    return {key: part.reshape(shape(metric)) for part, (key, metric) in zip(parts, found.items())}
 
 
 def plain(values) -> list | float | None:
@@ -184,11 +228,11 @@ def summarize(
 
     Args:
       sets: evaluations by name, made with the same options.
-      budgets: S token budgets.
+      budgets: S token budgets; read only where there are no limits.
       seed: of the bootstrap.
       limits: C0 of the normalised regret, in tokens; default: the last budget.
     """
-    measured = {name: metrics(result, budgets, limits or budgets[-1:]) for name, result in sets.items()}
+    measured = {name: metrics(result, limits or budgets[-1:]) for name, result in sets.items()}
     draws = {name: resample(found, counts_of(name, len(sets[name].id), seed)) for name, found in measured.items()}
     each = {
         name: mean_over_sets([found], [draws[name]])
@@ -197,6 +241,27 @@ def summarize(
     }
     top = mean_over_sets(list(measured.values()), list(draws.values()))
     return top | {"problems": sum(len(result.id) for result in sets.values()), "sets": each}
+
+
+def extrapolation(sets: dict[str, Evaluation], seed: int) -> dict:
+    """Accuracy when thinking goes on: lists over the trace's end and each extension, with intervals.
+
+    accuracy; gain, what it is above the trace's end; thinking, its tokens with the words inserted; spent, these with
+    prompt, insertion and one answer; formatted. The mean over sets at the top, each under `sets`.
+    """
+    measured = {name: _extended(result) for name, result in sets.items()}
+    draws = {name: resample(found, counts_of(name, len(sets[name].id), seed)) for name, found in measured.items()}
+    each = {name: mean_over_sets([found], [draws[name]]) for name, found in measured.items()}
+    return mean_over_sets(list(measured.values()), list(draws.values())) | {"sets": each}
+
+
+def _extended(result: Evaluation) -> Metrics:
+    accuracy = result.correct.mean(axis=(1, 3), dtype=np.float64)
+    after = result.inserted + result.answer_length.mean(axis=-1, dtype=np.float64)
+    spent = (result.prompt_length[:, None, None] + result.forks + after).mean(axis=1)
+    found = {"accuracy": accuracy, "gain": accuracy - accuracy[:, :1], "spent": spent}
+    found |= {"thinking": result.forks.mean(axis=1), "formatted": result.formatted.mean(axis=(1, 3))}
+    return {name: Metric.mean(values) for name, values in found.items()}
 
 
 def mean_over_sets(found: list[Metrics], draws: list[np.ndarray]) -> dict:
