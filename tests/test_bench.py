@@ -131,7 +131,8 @@ def test_sizes_by_flags():
         ("credit --shape=huge", r"--shape='huge' is unknown: choose one of \('paper'"),
         ("credit --rows=3", "credit has no --rows: it takes --repeat, --only"),
         ("grading --repeat=3", "grading has no --repeat: it takes none"),
-        ("update --shape=ci --peer=transformers", "update has no --peer"),
+        ("update --shape=ci --peer=transformers", "--peer='transformers': choose one of ('tunix',)"),
+        ("update --shape=ci_trunk --peer=tunix", "with a shape without forks"),
         ("update --shape=ci --buckets=3", "--buckets=3: rows of several lengths are trees"),
         ("rollout --shape=ci --rows=0", "--rows=0: it must be at least 1"),
         ("rollout --shape=ci --rows=3", "--rows=3: it must be a multiple of --group=2"),
@@ -229,6 +230,15 @@ def test_transformers_beside_ours(tmp_path):
     assert theirs["tokens"] == ours["tokens"] and theirs["peak_bytes"] > 1e8 and theirs["cpu_s"] > 0
     assert set(theirs["notes"]["peer"]) == {"torch", "transformers"}
     assert ours["ratios"] == {"times faster than transformers": theirs["median_s"] / ours["median_s"]}
+
+
+@pytest.mark.slow
+def test_tunix_beside_ours(tmp_path):
+    """A peer of the update, where it is installed: the same log-probs from the same weights."""
+    pytest.importorskip("tunix")
+    ours, theirs = run(tmp_path, "update", "--peer=tunix", "--repeat=2")
+    assert (ours["name"], theirs["name"]) == ("tto_jax", "tunix")
+    assert ours["difference"] < 1e-4 and theirs["tokens"] == ours["tokens"]
 
 
 @pytest.mark.slow

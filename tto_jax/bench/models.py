@@ -67,4 +67,5 @@ def exported(loaded: Loaded, params: Params) -> Iterator[str]:
         directory, model = Path(folder) / "model", loaded.config
         hf_weights.save(directory, model, params, dtype=model.dtype)
         (directory / "config.json").write_text(json.dumps(hf_config.to_hf(model, model.dtype)))
+        del params  # the directory holds them now
         yield str(directory)

@@ -21,6 +21,7 @@ FIELDS = {  # of its configuration: in a checkpoint's config.json
     "norm_eps": "rms_norm_eps",
     "use_tied_embedding": "tie_word_embeddings",
 }
+REMAT = {"none": "NONE", "full": "DECODER"}  # ours: theirs
 
 
 def load(flags, arrays):
@@ -42,7 +43,7 @@ def load(flags, arrays):
         head_dim=described.get("head_dim") or heads,
         rope_theta=int(described.get("rope_theta") or described["rope_parameters"]["rope_theta"]),
         dtype=jnp.dtype(flags.dtype),
-        remat_config=qwen2.RematConfig[flags.remat.upper()],
+        remat_config=qwen2.RematConfig[REMAT[flags.remat]],
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     with mesh:

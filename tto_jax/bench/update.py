@@ -4,9 +4,10 @@ Of full trees it is measured beside the same branches flattened into rows; where
 buckets of lengths beside all rows at the longest.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ import numpy as np
 from tto_jax import learner
 from tto_jax.bench import limits, models, trees
 from tto_jax.bench.limits import Work
+from tto_jax.bench.models import Loaded
 from tto_jax.bench.options import Options, chosen
+from tto_jax.bench.peer import Peer
 from tto_jax.bench.timing import Result, Side, measure, ratios_to
 from tto_jax.bench.trees import Sizes
 from tto_jax.core import token_tree
@@ -23,7 +26,8 @@ from tto_jax.core.types import TokenTree
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.models.config import ModelConfig
 
-TAKES = ("hf", "attention", "logprobs", "only")
+TAKES = ("hf", "attention", "logprobs", "peer", "only")
+PEERS = ("tunix",)
 OURS, FLATTENED, ONE_BUCKET = "tto_jax", "flattened", "one bucket"
 # So small a rate that the parameters stay what they are up to rounding: the flattened side takes a step for every
 # length, and the objectives of both sides must agree.
@@ -99,8 +103,10 @@ def run(shape: Shape, options: Options) -> Result:
 
     The flattened side has the same trained tokens: S A rows of prompt, trace up to the fork and one answer, those of
     one length together, without padding; it takes S + 1 optimizer steps, which is its only disadvantage beside the
-    repeated trunks. The objectives of both sides are compared. Raises ValueError for buckets of rows without forks.
+    repeated trunks. The objectives of both sides are compared. A peer takes a GRPO step on plain rows with the same
+    weights; its log-probs and ours are compared.
     """
+    check(shape, options)
     loaded = models.find(shape.model, shape.dtype, shape.remat, options.hf)
     model, sizes = loaded.config, shape.sizes
     if shape.buckets:
@@ -109,15 +115,51 @@ def run(shape: Shape, options: Options) -> Result:
         rows = tree_rows(sizes, model, shape.group) if shape.forks else plain_rows(sizes, model)
         batches = both(sizes, rows, shape.micro_tokens, options)
         work, sized = works(model, sizes, limits.update), notes(model, sizes)
-    trained, state = int(rows.loss_mask.sum()), Learner(model, loaded.params())
-    sides = [Side(name, functools.partial(state.update, part), work[name], trained) for name, part in batches.items()]
-    wanted = chosen(sides, options)
-    found = measure(wanted, shape.repeat)
+    with peer_of(loaded, rows, shape, options) as peer:
+        trained, state = int(rows.loss_mask.sum()), Learner(model, loaded.params())
+        sides = [
+            Side(name, functools.partial(state.update, part), work[name], trained) for name, part in batches.items()
+        ]
+        if peer is not None:
+            sides.append(Side(options.peer, peer.work, work[OURS], trained, peer.clock, peer))
+        wanted = chosen(sides, options)
+        found = measure(wanted, shape.repeat)
+        difference = 0.0 if peer is None else peer_difference(peer, rows, state.score(batches[OURS])[0], sizes)
     scale = float(jnp.abs(jnp.where(rows.loss_mask, rows.advantage, 0)).sum()) / constant(sizes)
-    objectives = [side.call() for side in wanted] if len(wanted) > 1 else [0.0]
-    difference = (max(objectives) - min(objectives)) / scale
-    slower = ONE_BUCKET if shape.buckets else FLATTENED
-    return Result(found, ratios_to(found, {slower: OURS}), difference, TOLERANCE[shape.dtype], sized)
+    ours = [side for side in wanted if side.name in batches]
+    objectives = [side.call() for side in ours] if len(ours) > 1 else [0.0]
+    difference = max(difference, (max(objectives) - min(objectives)) / scale)
+    slower = (ONE_BUCKET if shape.buckets else FLATTENED, *PEERS)
+    sized |= {"peer": peer.versions} if peer else {}
+    return Result(found, ratios_to(found, dict.fromkeys(slower, OURS)), difference, TOLERANCE[shape.dtype], sized)
+
+
+def check(shape: Shape, options: Options) -> None:
+    """Raises ValueError for a peer that is not known, or that does not know trees."""
+    if options.peer is not None and (options.peer not in PEERS or shape.forks):
+        raise ValueError(f"--peer={options.peer!r}: choose one of {PEERS}, with a shape without forks such as tiny")
+
+
+@contextlib.contextmanager
+def peer_of(loaded: Loaded, rows: TokenTree, shape: Shape, options: Options) -> Iterator[Peer | None]:
+    """The peer's process with the same weights and rows, if one was asked for."""
+    if options.peer is None:
+        yield None
+        return
+    new = shape.sizes.trace
+    arrays = {"tokens": rows.tokens, "advantage": rows.advantage[:, -1], "old_logprob": rows.old_logprob[:, -new:]}
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
+    given = {"dtype": shape.dtype, "remat": shape.remat}
+    with (
+        models.exported(loaded, loaded.params()) as directory,
+        Peer(options.peer, arrays, jax.default_backend(), model=directory, **given) as peer,
+    ):
+        yield peer
+
+
+def peer_difference(peer: Peer, rows: TokenTree, ours: jax.Array, sizes: Sizes) -> float:
+    """Largest difference of our log-probs of trained tokens from the peer's; `ours` is f32[N,L]."""
+    return float(np.abs(peer.logprobs(np.asarray(rows.tokens)) - np.asarray(ours)[:, -sizes.trace :]).max())
 
 
 def notes(model: ModelConfig, sizes: Sizes) -> dict:
