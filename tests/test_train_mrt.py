@@ -25,21 +25,30 @@ def rows_of(workdir):
     return [row for row in metrics.read_rows(workdir) if "score/anytime" in row]
 
 
-def test_mrt_with_episodes_does_not_depend_on_slots(base):
-    """Episodes of words; columns by their numbers; the same rows with slots."""
-    whole, slots = (run(base / f"slots{n}", rollout__slots=n, **MRT) for n in (0, 6))
-    rows = rows_of(whole)
+@pytest.fixture(scope="module")
+def mrt(base):
+    """The rows of a run with episodes of words."""
+    return rows_of(run(base / "mrt", **MRT))
+
+
+def test_mrt_with_episodes(mrt):
+    """Columns have the numbers of their episodes."""
     names = {f"{kind}/episode_{s}" for kind in ("score", "progress", "overthinking") for s in (1, 2, 3)}
-    for row, other in zip(rows, rows_of(slots), strict=True):
+    for row in mrt:
         assert names <= set(row) and not [name for name in row if name.startswith("score/6")]
+        assert row["logprob_gap/max"] <= 1e-5
+    assert len(mrt) == 2
+
+
+@pytest.mark.slow
+def test_mrt_with_episodes_does_not_depend_on_slots(base, mrt):
+    for row, other in zip(mrt, rows_of(run(base / "slots", rollout__slots=6, **MRT)), strict=True):
         for name in ("score/anytime", "length/mean", "tokens", "regret/cumulative"):
             assert row[name] == other[name], name
         assert row["update/grad_norm"] == pytest.approx(other["update/grad_norm"], rel=1e-4)
-        assert row["logprob_gap/max"] <= 1e-5
-    assert len(rows) == 2
 
 
-@pytest.mark.parametrize("values", ["scores", "reference"])
+@pytest.mark.parametrize("values", ["reference", pytest.param("scores", marks=pytest.mark.slow)])
 def test_progress_with_start_scores(base, values):
     rows = rows_of(run(base / f"gae_{values}", credit__fork_values=values, **GAE))
     before = 0
