@@ -14,8 +14,8 @@ sets; configs/r1.py says how those are prepared, and how checkpoints are evaluat
 A rollout holds 297.8 GB of KV cache and an update 28.4 GB of parameters, moments and gradients (float32):
 this takes several accelerators. Not run at scale: to be compared with brpo_r1_qwen_1p5b_8k.py at equal budgets.
 
-Fits, as compiled ahead of time (README): v5e:8x8 with --config.mesh="(1,16,4)"; v5p:4x4x4 with the default mesh (all
-devices on fsdp). v6e:4x4 was not compiled to its end.
+Fits, as compiled ahead of time (README): v5e:8x8 with --config.mesh="(1,16,4)"; v6e:4x4 and v5p:4x4x4 with the default
+mesh (all devices on fsdp).
 
 Batch, group, answers and steps are those of 8k; evaluated at 32 budgets from 500 to 16,000. We hold no averages of the
 paper for this size.

@@ -22,7 +22,7 @@ A rollout holds 121.3 GB of KV cache (linear, vr: 127.3; decouple: 149.9) and an
 and gradients (float32): this takes several accelerators. Not run at scale: the numbers are the paper's, to be
 reproduced.
 
-Needs less than brpo_r1_qwen_1p5b_8k.py, which fits v5e:8x8 as compiled ahead of time (README).
+Fits, as compiled ahead of time (README): v5e:8x8 with the default mesh (all devices on fsdp).
 
 | final / anytime accuracy, % | average of AMC22, AIME24, MATH500, Minerva, OlympiadBench |
 |---|---|

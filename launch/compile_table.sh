@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash launch/compile_table.sh [FOLDER=results/compile_tpu]: the README's table of what fits which pod. No TPU is needed;
-# about 40 minutes on 2 cores. Each line below is compiled by `python -m tto_jax.compile_tpu` into FOLDER/NAME.jsonl, which
+# about 90 minutes on 2 cores. Each line below is compiled by `python -m tto_jax.compile_tpu` into FOLDER/NAME.jsonl, which
 # is left alone if it is there: remove it to compile it again. Then the table is printed.
 set -euo pipefail
 export EXTRAS=test # with libtpu

@@ -370,6 +370,7 @@ def test_an_update_computes_the_forward_twice_and_the_backward():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_flattened_branches_cost_what_their_tokens_do():
     """The same traces at a time, each branch with its own prompt and trace."""
     pod, config = compile_tpu.describe("v5e:2x2", 1, (1, -1, 1)), small(trace=128)
