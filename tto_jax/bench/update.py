@@ -62,7 +62,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape("tiny", 16, 128, 256, "float32", 5, 1536),
+    "tiny": Shape("tiny", 16, 128, 256, "float32", 5, 768),
     "small": Shape("small", 16, 128, 256, "float32", 3, 1536),
     "trunk": Shape("tiny", 4, 128, 1024, "float32", 3, 2048, forks=4, answers=4, forced=8, cap=24),
     "paper": Shape("1.5b", 8, 1024, 8000, "bfloat16", 3, 12_288, "full", 4, 4, forced=8, cap=118),
