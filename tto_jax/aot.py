@@ -100,9 +100,7 @@ def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
     minibatch = split_rows(mesh, packed_rows(plan, plan.rows // plan.minibatches))
     with jax.set_mesh(mesh):
         scored = _sorted(mesh, jax.eval_shape(lambda rows: learner.begin_scores(loss, rows), rows))
-        begun = functools.partial(learner.begin, learner.loss, model, loss)
-        batch, partial = _sorted(mesh, jax.eval_shape(begun, state.params, minibatch))
-        partial = dataclasses.replace(partial, grads=state.params)
+    batch, partial = _begun(mesh, plan, loss, state.params, minibatch)
     # All of it is there while the rollout runs; the log-probs take the parameters, but not the moments.
     held, moments = bytes_a_chip(state), bytes_a_chip(state.opt_state)
     segments = math.ceil(engine.trace_pad / engine.segment)
@@ -169,13 +167,11 @@ def flattened_update(plan: Settings, mesh: Mesh) -> Part:
         buckets=1,
     )
     state = _placed(mesh, learner.abstract_state(model, plan.optimizer), model.num_kv_heads)
-    with jax.set_mesh(mesh):
-        begun = functools.partial(learner.begin, learner.loss, model, loss)
-        batch, partial = _sorted(mesh, jax.eval_shape(begun, state.params, rows))
+    batch, partial = _begun(mesh, plan, loss, state.params, rows)
     return Part(
         FLATTENED,
         learner.accumulate,
-        (learner.loss, model, loss, 0, state.params, batch, dataclasses.replace(partial, grads=state.params)),
+        (learner.loss, model, loss, 0, state.params, batch, partial),
         calls=plan.minibatches,
         held=bytes_a_chip(state.opt_state) + bytes_a_chip(rows),
         most_trips=micro_batches(loss, batch),
@@ -248,6 +244,14 @@ def split_rows(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, P(sharding.ROWS) if leaf.ndim else P())
 
     return _with(tree, jax.tree.map(layout, tree))
+
+
+def _begun(mesh, plan, loss, params, rows):
+    """What the gradient of a minibatch begins with, with its layout: sorted rows, and a sum laid out as parameters."""
+    begin = functools.partial(learner.begin, learner.loss, plan.model, loss)
+    with jax.set_mesh(mesh):
+        batch, partial = _sorted(mesh, jax.eval_shape(begin, params, rows))
+    return batch, dataclasses.replace(partial, grads=params)
 
 
 def _sorted(mesh, begun):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tto_jax import sharding
+from tto_jax import preemption, sharding
 from tto_jax.data import Batch
 
 Rows = Any  # traces, forks, answers on the host: a tree of arrays whose rows are B * G
@@ -54,7 +54,7 @@ def replace(
     """
     size, rounds = len(correct), 0
     batches, found, good = [batch], [rows], has_signal(correct)
-    while rounds < most and _on_any_process(size - good.sum()) > 0:
+    while rounds < most and preemption.on_any_process(bool(good.sum() < size)):
         batch, rows, correct = again()
         batches, found, good = [*batches, batch], [*found, rows], np.append(good, has_signal(correct))
         rounds += 1
@@ -73,10 +73,6 @@ def replace(
         lacking=_on_all_processes(size - good[kept].sum()),
         dropped=take(together, of_rows(others)),
     )
-
-
-def _on_any_process(number) -> int:
-    return int(sharding.gather(np.array([number], np.int64)).max())
 
 
 def _on_all_processes(number) -> int:
