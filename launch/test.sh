@@ -6,5 +6,6 @@ EXTRAS=test
 source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# In the order of their names: sorted by their number of tests, the files that take longest would come last.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# In the order of their names: sorted by their number of tests, the files that take longest would come last. A process
+# that crashes ends the tests: they would wait for ever for the rest of its files.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"
