@@ -177,7 +177,7 @@ def submodules(config, params, rows):
         return record
 
     with (
-        mock.patch.object(nnx.Linear, "__call__", tapped(nnx.Linear.__call__)),
+        mock.patch.object(decoder.Linear, "__call__", tapped(decoder.Linear.__call__)),
         mock.patch.object(nnx.RMSNorm, "__call__", tapped(nnx.RMSNorm.__call__)),
     ):
         for i in range(config.num_layers):

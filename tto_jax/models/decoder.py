@@ -25,13 +25,23 @@ Attend = Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
+class Linear(nnx.Linear):
+    """On tokens in one dimension: gradients of weights are then one product, without the transposed copies that XLA's
+    CPU backend makes of sums over two dimensions.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        """x [..., M] -> [..., F]."""
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 class Attention(nnx.Module):
     """Projections around an attention function."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
-        linear = functools.partial(nnx.Linear, dtype=config.dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
+        linear = functools.partial(Linear, dtype=config.dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
         self.q = linear(config.hidden_size, heads * width, use_bias=config.attention_bias)
         self.k = linear(config.hidden_size, kv_heads * width, use_bias=config.attention_bias)
         self.v = linear(config.hidden_size, kv_heads * width, use_bias=config.attention_bias)
@@ -62,7 +72,7 @@ class Layer(nnx.Module):
         norm = functools.partial(
             nnx.RMSNorm, config.hidden_size, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs
         )
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=config.dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, dtype=config.dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(config, rngs)
         self.gate = linear(config.hidden_size, config.mlp_size)
@@ -97,7 +107,7 @@ class Decoder(nnx.Module):
         self.layers = make_layers(rngs.split(config.num_layers))
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
         if not config.tie_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = Linear(
                 config.hidden_size,
                 config.vocab_size,
                 use_bias=False,
