@@ -51,6 +51,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
                 "continuing",
                 "extrapolation",
                 "token_efficiency",
+                "variants",
                 "problem_sets",
                 "reference_values",
                 "resampling",

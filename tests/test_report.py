@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import numpy as np
@@ -28,7 +29,10 @@ def make_run(path, *, variant=None, seed=0, warm=0, skill=0.4, first=0, budgets=
         "anytime": float(accuracy.mean()),
         "anytime_ci95": [float(accuracy.mean()) - 0.02, float(accuracy.mean()) + 0.02],
         "final": float(accuracy[-1]),
-        "mean_length": 21.5,
+        "mean_length": 21.5 + seed,
+        "spent": [budget + 5.5 for budget in budgets],
+        "regret_tokens": [32],
+        "regret@32": 0.7 - skill / 2,
         "problems": B,
         "seed": seed,
         "warm_start_seed": warm,
@@ -140,8 +144,11 @@ def test_pairs_of_seeds_give_a_t_interval(pairs):
     summary = records[3]
     assert (summary["run"], summary["baseline"], summary["pairs"]) == ("brpo", "grpo", 3)
     mean, low, high = anytime.t_interval(differences)
-    assert summary["anytime"] == {"difference": mean, "ci95": [low, high], "differences": differences}
+    assert summary["anytime"]["differences"] == pytest.approx(differences, abs=1e-6)
+    assert [summary["anytime"]["difference"], *summary["anytime"]["ci95"]] == pytest.approx([mean, low, high], abs=1e-5)
     assert 0.08 < mean < 0.2
+    assert summary["mean_length"]["ci95"] == [0, 0] and summary["regret@32"]["difference"] == pytest.approx(-0.075)
+    assert len(summary["tokens_to"]["ratio"]) == 3
 
 
 def test_a_run_without_its_partner_is_noted(tmp_path, pairs):
@@ -239,6 +246,8 @@ def test_the_page(tmp_path, pairs, capsys):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
     assert "brpo - grpo" in printed.out and "differ in commit" in printed.err
+    assert re.search(r"^\| brpo +\| 3 +\| ", printed.out, re.MULTILINE)
+    assert re.search(r"^\| base +\| 1 +\| ", printed.out, re.MULTILINE)
     assert str(tmp_path) not in (out / "results.json").read_text()
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import jax
@@ -23,8 +24,10 @@ from tto_jax import (
     learner,
     metrics,
     pretrained,
+    report,
     selected,
     star,
+    variants,
 )
 from tto_jax.core.selection import Rule
 from tto_jax.models import decoder
@@ -260,12 +263,29 @@ def test_a_model_that_is_never_right(tmp_path, cache, monkeypatch):
     assert not selected.exists(selected.folder_of(epath.Path(tmp_path / "run"), 1))
 
 
-def test_evaluate_takes_the_run(whole, tmp_path):
-    with flagsaver.flagsaver():
-        evaluate.main(flags.FLAGS(["evaluate", f"--workdir={whole[0]}", "--problems=4", "--out", str(tmp_path)]))
-    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+def test_evaluate_and_report_take_the_run(whole, tmp_path, capsys):
+    workdir, rows = whole
+    for flag in ((), ("--warm_start", f"--out={tmp_path / 'warm'}")):
+        with flagsaver.flagsaver():
+            evaluate.main(flags.FLAGS(["evaluate", f"--workdir={workdir}", "--problems=4", *flag]))
+    results = json.loads((workdir / "evaluation" / "results.json").read_text())
     assert (results["variant"], results["step"], results["problems"]) == ("mrt_star", 2, 4)
-    assert results["tokens"] == whole[1][-1]["tokens"]
+    sampled = [
+        line
+        for i in (1, 2)
+        for line in lines_of(selected.folder_of(workdir, i), "sampling/completions/train/*.jsonl.gz")
+    ]
+    of_answers = sum(
+        len(answer["ids"]) - n for x in sampled for n, of in zip(x["inserted"], x["answers"]) for answer in of
+    )
+    assert results["tokens"] == rows[-1]["tokens"] == sum(line["tokens"] for line in sampled) + of_answers
+    report.main([str(workdir), str(tmp_path / "warm"), "--baseline=warm_start", f"--out={tmp_path / 'report'}"])
+    printed = capsys.readouterr().out
+    assert re.search(rf"^\| mrt_star .* {variants.count(results['tokens'])}, [+]", printed, re.MULTILINE)
+    (workdir / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is missing; `python -m tto_jax\.star"):
+        report.load_run(workdir)
+    (tmp_path / "metrics.jsonl").rename(workdir / "metrics.jsonl")
 
 
 @pytest.mark.slow

@@ -466,6 +466,7 @@ def test_evaluate_then_report(whole, tmp_path, capsys):
     table = capsys.readouterr().out
     assert re.search(r"run +@3 +@6 +@9 +anytime", table) and re.search(r"^whole +\d", table, re.MULTILINE)
     assert re.search(r"^whole - warm +16 problems +[+-]\d", table, re.MULTILINE)
+    assert re.search(r"^\| brpo +\| 1 +\| \d", table, re.MULTILINE)
     assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "training.png"}
     for path in (out / "curves.png", out / "training.png", workdir / "evaluation" / "curve.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

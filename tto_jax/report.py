@@ -1,7 +1,8 @@
 """Compares evaluated runs: `python -m tto_jax.report RUN RUN... [--out=DIR] [--name NAME=RUN] [--baseline=NAME]`.
 
 Reads of each RUN, a workdir, `evaluation/results.json`, `evaluation/scores.npz`, `metrics.jsonl` and `config.json`.
-Writes `results.json`, `curves.png` and `training.png` and prints a table with paired differences against the baseline.
+Writes `results.json`, `curves.png` and `training.png` and prints every run, paired differences against the baseline,
+and in Markdown the variants side by side, with the tokens that they need for the baseline's accuracies.
 
 Runs are of one variant if their configurations have the same `variant` (without one: the directory's name). Two runs
 make a pair if they share problems; of variants with several runs, those pair that share both seeds (of the warm start
@@ -22,12 +23,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from tto_jax import metrics
+from tto_jax import metrics, variants
 from tto_jax.core import anytime
 
 FIELDS = (
     *("budgets", "accuracy", "accuracy_ci95", "anytime", "anytime_ci95", "final", "mean_length", "problems"),
-    *("seed", "warm_start_seed", "tokens", "seconds", "config_hash", "commit", "versions"),
+    *("seed", "warm_start_seed", "tokens", "seconds", "config_hash", "commit", "versions", "spent", "regret_tokens"),
 )
 
 
@@ -103,10 +104,11 @@ def load_run(path: epath.PathLike, name: str | None = None, training: bool = Tru
             f"{path / 'evaluation'}: results.json says accuracy {np.round(results['accuracy'], 4).tolist()}, the "
             f"scores {accuracy.round(4).tolist()}: the two files are of different evaluations. Evaluate the run again."
         )
-    if training and results["tokens"]:  # a model that was not trained has no rows
-        need("metrics.jsonl", "train")
     config = path / "config.json"
-    variant = json.loads(config.read_text()).get("variant") if config.exists() else None
+    config = json.loads(config.read_text()) if config.exists() else {}
+    if training and results["tokens"]:  # a model that was not trained has no rows
+        need("metrics.jsonl", "star" if "star" in config else "train")
+    variant = config.get("variant")
     name = name or os.path.basename(os.fspath(path).rstrip("/"))
     return Run(name, variant or name, results, correct, forks, id_, number, names, metrics.read_rows(path))
 
@@ -168,12 +170,10 @@ def _over_problems(run: Run, base: Run, key: jax.Array) -> dict:
     }
 
 
-def compare(runs: Sequence[Run], baseline: str | None = None) -> list[dict]:
-    """Paired differences (run minus baseline) of anytime and final accuracy.
+def pair(runs: Sequence[Run], baseline: str | None = None) -> tuple[str, list[Run], dict[str, list[tuple[Run, Run]]]]:
+    """(baseline, its runs, the pairs of each other variant): (run, run of the baseline), with the same seeds.
 
-    Records have `over`: "problems" for two runs, with a bootstrap interval over problems (it says what other problems
-    would give, for these two models); "runs" for two variants with at least two pairs of runs, with a t-interval over
-    pairs (it says what other seeds would give). A record that could not be computed has a `note` instead of numbers.
+    One run of a variant and one of the baseline are a pair whatever their seeds. Runs without a partner are in none.
 
     Args:
       runs: names must differ.
@@ -194,34 +194,56 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> list[dict]:
                 f"{other.name} and {run.name} are both variant {run.variant} with (warm_start_seed, seed) {run.seeds}; "
                 "runs of one variant must differ in a seed."
             )
-    variants = list(dict.fromkeys(run.variant for run in runs))
-    baseline = baseline or variants[0]
-    bases = [run for run in runs if run.variant == baseline] or [run for run in runs if run.name == baseline]
+    of_variant = _by_variant(runs)
+    baseline = baseline or next(iter(of_variant))
+    bases = of_variant.get(baseline) or [run for run in runs if run.name == baseline]
     if not bases:
-        raise ValueError(f"No run is called {baseline}; the choices are variants {variants} and runs {names}.")
+        raise ValueError(f"No run is called {baseline}; the choices are variants {list(of_variant)} and runs {names}.")
+    pairs = {}
+    for variant, members in of_variant.items():
+        group = [run for run in members if run not in bases]
+        pairs[variant] = [(run, base) for run in group for base in bases if run.seeds == base.seeds]
+        if not pairs[variant] and len(group) == len(bases) == 1:
+            pairs[variant] = [(group[0], bases[0])]
+    return baseline, bases, pairs
 
+
+def compare(runs: Sequence[Run], baseline: str | None = None) -> list[dict]:
+    """Paired differences (run minus baseline) of anytime and final accuracy.
+
+    Records have `over`: "problems" for two runs, with a bootstrap interval over problems (it says what other problems
+    would give, for these two models); "runs" for two variants with at least two pairs of runs, with a t-interval over
+    pairs (it says what other seeds would give) and the other measures of `variants.differences`. A record that could
+    not be computed has a `note` instead of numbers. Arguments and errors are those of `pair`.
+    """
+    baseline, bases, pairs = pair(runs, baseline)
     paired = []
     keys = (jax.random.fold_in(jax.random.key(0), i) for i in itertools.count())
-    for variant in variants:
-        group = [run for run in runs if run.variant == variant and run not in bases]
-        pairs = [(run, base) for run in group for base in bases if run.seeds == base.seeds]
-        if not pairs and len(group) == len(bases) == 1:
-            pairs = [(group[0], bases[0])]
-        records = [_over_problems(run, base, next(keys)) for run, base in pairs]
-        alone = [run for run in group if run not in [run for run, _ in pairs]]
-        records += [
+    for variant, some in pairs.items():
+        paired += [_over_problems(run, base, next(keys)) for run, base in some]
+        matched = [*bases, *(run for run, _ in some)]
+        paired += [
             {"over": "problems", "run": run.name, "baseline": baseline, "note": f"no {baseline} with seeds {run.seeds}"}
-            for run in alone
+            for run in runs
+            if run.variant == variant and run not in matched
         ]
-        paired += records
-        done = [record for record in records if "note" not in record]
+        done = comparable(some)
         if len(done) > 1:
             record = {"over": "runs", "run": variant, "baseline": baseline, "pairs": len(done)}
-            for what in ("anytime", "final"):
-                record[what] = _entry(*anytime.t_interval([r[what]["difference"] for r in done]))
-                record[what]["differences"] = [r[what]["difference"] for r in done]
-            paired.append(record)
+            paired.append(record | variants.differences(done))
     return paired
+
+
+def comparable(pairs: Sequence[tuple[Run, Run]]) -> list[tuple[dict, dict]]:
+    """The results of those pairs that share problems and budgets."""
+    return [(run.results, base.results) for run, base in pairs if _mismatch(run, base) is None]
+
+
+def side_by_side(runs: Sequence[Run], baseline: str | None = None) -> str:
+    """`variants.tables` of the pairs; empty where there is none."""
+    baseline, bases, pairs = pair(runs, baseline)
+    done = {variant: found for variant, some in pairs.items() if (found := comparable(some))}
+    return variants.tables(baseline, [base.results for base in bases], done) if done else ""
 
 
 def gap_closed(paired: Sequence[dict], target: str) -> dict[str, float]:
@@ -269,7 +291,7 @@ def table(runs: Sequence[Run], paired: Sequence[dict], columns: int = 8) -> str:
         for run in group:
             r = run.results
             interval = "[{}, {}]".format(*map(_percent, r["anytime_ci95"]))
-            rows.append([run.name, *cells(r, interval, (_count(r["tokens"]), f"{r['seconds']:.0f}"))])
+            rows.append([run.name, *cells(r, interval, (variants.count(r["tokens"]), f"{r['seconds']:.0f}"))])
         for variant, members in _by_variant(group).items():
             if len(members) > 1:
                 names = ("accuracy", "anytime", "final", "mean_length")
@@ -289,13 +311,6 @@ def table(runs: Sequence[Run], paired: Sequence[dict], columns: int = 8) -> str:
         parts += [_align(rows)] if len(rows) > 1 else []
         parts += ["\n".join(notes)] if notes else []
     return "\n\n".join(parts)
-
-
-def _count(n: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.0f}"
 
 
 def _by_budgets(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
@@ -481,7 +496,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     write(runs, paired, flags.out)
-    print(table(runs, paired))
+    print("\n\n".join(filter(None, (table(runs, paired), side_by_side(runs, flags.baseline)))))
     for variant, share in closed.items():
         print(f"{variant} closes {100 * share:.0f}% of the gap in anytime accuracy to {flags.target}")
     for field in ("commit", "versions"):

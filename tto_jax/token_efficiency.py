@@ -35,13 +35,13 @@ def compare(a: tuple, b: tuple, a_draws: tuple, b_draws: tuple) -> dict:
       so that `a` and `ratio` are upper bounds). None stands for what lies beyond A's last budget, in `a`, `ratio` and
       the ends of the interval: A does not have that accuracy.
     """
-    needed, reference = _needed(a, b[0]), _needed(b, b[0])
-    draws = _needed(a_draws, b_draws[0]) / _needed(b_draws, b_draws[0])
+    mine, reference = needed(a, b[0]), needed(b, b[0])
+    draws = needed(a_draws, b_draws[0]) / needed(b_draws, b_draws[0])
     return {
         "accuracy": plain(b[0]),
-        "a": _finite(needed),
+        "a": _finite(mine),
         "b": _finite(reference),
-        "ratio": _finite(needed / reference),
+        "ratio": _finite(mine / reference),
         # Order statistics: between a number and infinity there is nothing to interpolate.
         "ci95": _finite(np.quantile(draws, _LEVELS, axis=0, method="inverted_cdf").T),
         "reached": plain(np.isfinite(draws).mean(axis=0)),
@@ -49,7 +49,11 @@ def compare(a: tuple, b: tuple, a_draws: tuple, b_draws: tuple) -> dict:
     }
 
 
-def _needed(curve, target):
+def needed(curve: tuple, target: np.ndarray) -> np.ndarray:
+    """Tokens f64[..., K] to the accuracies f64[..., K], of a curve: accuracy and spent tokens f64[..., S].
+
+    Where shorter answers make a longer prefix cheaper, it counts as much as the one before.
+    """
     accuracy, spent = curve
     return efficiency.tokens_to_reach(accuracy, np.maximum.accumulate(spent, axis=-1), target)
 
