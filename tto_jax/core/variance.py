@@ -1,7 +1,7 @@
 """What a baseline V leaves of the return's variance: Var[R - V] / Var[R] of every block (arXiv 2505.13438, Fig. 3).
 
-All baselines are linear in z = (R, V1, V2, V2 of the others, 1), so the moments of z, sums over the traces of a problem,
-say everything: whatever problems a resample draws, nothing is sampled or scored again.
+All R - V are linear in z = (R, V1, V2, V2 of the others, 1), so the moments of z, sums over the traces of each problem,
+say everything, also of the problems that a resample draws.
 
 With its own trace in the mean, R - V2 is (1 - 1/G) times what it is without: a smaller step in the same direction. Such
 a share, (1 - 1/G)^2 of the other, is no better a baseline; those that leave it out are to be compared.
