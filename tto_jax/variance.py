@@ -175,7 +175,7 @@ def residuals(studies: Sequence[Study]):
         axis.set_xlabel("end of the block")
         axis.set_title(title if len(members) == 1 else f"{title} ({len(members)} runs)")
     axes[0].set_ylabel("Var[R - V] / Var[R]")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
