@@ -62,7 +62,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     **dict.fromkeys(
         (f"tto_jax.{name}" for name in ("train", "evaluate", "bench", "report", "compile_tpu", "sft", "star")), 5
     ),
-    **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data", "backtracking")), 5),
+    **dict.fromkeys((f"tto_jax.{name}" for name in ("convert", "prepare_data", "backtracking", "variance")), 5),
 }
 ONLY = {  # what these may import beside the standard library
     "tto_jax": (),

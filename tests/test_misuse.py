@@ -444,6 +444,14 @@ MISUSES = (
         *("FOLDER/run", "does not exist"),
     ),
     in_process("a report of nothing", "tto_jax.report", "--out=FOLDER/report", "at least one RUN"),
+    in_process(
+        "a study of baselines before any evaluation",
+        "tto_jax.variance",
+        "FOLDER/run --out=FOLDER/study",
+        *("evaluation/results.json is missing", "python -m tto_jax.evaluate --workdir=FOLDER/run"),
+        prepare=claim,
+    ),
+    in_process("a study of baselines of nothing", "tto_jax.variance", "--out=FOLDER/study", "at least one RUN"),
     in_process("a name without a run", "tto_jax.report", "--name=brpo", "'brpo'", "NAME=RUN"),
     in_process("a benchmark that does not exist", "tto_jax.bench", "speed", "'speed'", "choose from", "credit"),
     in_process(

@@ -15,6 +15,7 @@ started as those of training, with one OUT that all can read and write.
 
 --forks=delimiters (or paragraphs, blocks) forces answers after each episode of the thinking, as the section `episodes`
 says, in place of the budgets: numbers of results.json that are one a budget are then one an episode.
+--as_training samples what a step of the configuration does: its budgets or episodes, traces, answers and temperature.
 --start forces answers before any thinking, too: budget 0, which counts as the others do in means over budgets.
 --extend=N goes beyond the last budget: N times, a word such as `Wait` replaces the `</think>` of a trace, which thinks
 on for up to evaluation.extension_tokens tokens (`extrapolation` in results.json, extended.npz, tokens.png).
@@ -72,6 +73,9 @@ _PROBLEMS = flags.DEFINE_integer(
     "problems", None, "Problems of each set; default: evaluation.final_problems.", lower_bound=1
 )
 _FORKS = flags.DEFINE_enum("forks", None, episodes.RULES, "Where answers are forced; default: evaluation.forks.")
+_AS_TRAINING = flags.DEFINE_bool(
+    "as_training", False, "Default to the forks, traces, answers and temperature of training; flags go before them."
+)
 _START = flags.DEFINE_bool("start", None, "Answers before any thinking, too, as budget 0; default: evaluation.start.")
 _EXTEND = flags.DEFINE_integer(
     "extend", None, "How often thinking goes on after its end; default: evaluation.extensions.", lower_bound=0
@@ -210,7 +214,7 @@ def requested() -> Subject:
         of_texts(config, workdir)
     elif _DATA.value:
         raise app.UsageError("--data: this run's problems are made by its task; choose their number with --problems")
-    override(config.evaluation)
+    override(config)
     if _MESH.value:
         config.mesh = mesh_flag()
     if workdir is None:  # nothing is trained: training's budgets must not have to fit the model
@@ -231,8 +235,9 @@ def of_texts(config: ConfigDict, workdir: epath.Path | None) -> None:
         config.init = str(workdir)
 
 
-def override(wanted: ConfigDict) -> None:
+def override(config: ConfigDict) -> None:
     """The section `evaluation` with what the flags give."""
+    wanted = config.evaluation
     given = {
         "problems": _PROBLEMS.value or wanted.final_problems,
         "budgets": numbers("--budgets", _BUDGETS.value),
@@ -244,8 +249,16 @@ def override(wanted: ConfigDict) -> None:
         "start": _START.value,
         "extensions": _EXTEND.value,
     }
+    given = {name: value for name, value in given.items() if value is not None}
     with wanted.ignore_type():
-        wanted.update({name: value for name, value in given.items() if value is not None})
+        wanted.update((of_training(config) if _AS_TRAINING.value else {}) | given)
+
+
+def of_training(config: ConfigDict) -> dict:
+    """What a step of training samples, as options of an evaluation."""
+    rollout = config.rollout
+    found = {"traces": rollout.group_size, "answers": rollout.answers, "temperature": rollout.temperature}
+    return found | {"budgets": tuple(config.budgets.tokens), "forks": config.episodes.rule}
 
 
 def mesh_of(plan: settings.Settings) -> jax.sharding.Mesh | None:

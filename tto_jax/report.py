@@ -261,7 +261,8 @@ def gap_closed(paired: Sequence[dict], target: str) -> dict[str, float]:
     return {variant: float(np.mean(gap) / whole) for variant, gap in gaps.items() if variant != target}
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
+    """Lines of text: the first column begins, the others end at the same place."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]).rstrip()
@@ -297,7 +298,7 @@ def table(runs: Sequence[Run], paired: Sequence[dict], columns: int = 8) -> str:
                 names = ("accuracy", "anytime", "final", "mean_length")
                 mean = {name: np.mean([run.results[name] for run in members], axis=0) for name in names}
                 rows.append([f"{variant}, mean of {len(members)}", *cells(mean, "", ("", ""))])
-        parts.append(_align(rows))
+        parts.append(align(rows))
     if paired:
         rows = [["paired difference", "over", "anytime [95%]", "final [95%]"]]
         notes = []
@@ -308,7 +309,7 @@ def table(runs: Sequence[Run], paired: Sequence[dict], columns: int = 8) -> str:
                 continue
             over = f"{p['pairs']} pairs of runs" if p["over"] == "runs" else f"{p['problems']} problems"
             rows.append([title, over, _difference(p["anytime"]), _difference(p["final"])])
-        parts += [_align(rows)] if len(rows) > 1 else []
+        parts += [align(rows)] if len(rows) > 1 else []
         parts += ["\n".join(notes)] if notes else []
     return "\n\n".join(parts)
 
@@ -327,7 +328,7 @@ def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _axes(columns: int):
+def plain_axes(columns: int):
     """A figure 1800 pixels wide, meant to be shown at 900, with `columns` plain axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -347,7 +348,7 @@ def _colors(runs: Sequence[Run]) -> dict[str, str]:
 
 def curves(runs: Sequence[Run]):
     """Accuracy against budget. A variant of one run has its 95% band; of several: the runs thin, their mean thick."""
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = plain_axes(1)
     colors = _colors(runs)
     for variant, members in _by_variant(runs).items():
         style = {"color": colors[variant]}
@@ -380,7 +381,7 @@ def by_tokens(run: Run):
     """Accuracy against the tokens of prompt, prefix and answers: of one answer, of the majority of k at a fork,
     and of thinking that was made to go on.
     """
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = plain_axes(1)
     votes = sorted(int(name.split("@")[1]) for name in run.results if re.fullmatch(r"fork_maj@\d+", name))
     lines = [("accuracy", "spent", "one answer")]
     lines += [(f"fork_maj@{k}", f"fork_maj_tokens@{k}", f"majority of {k} answers") for k in votes]
@@ -397,7 +398,7 @@ def by_tokens(run: Run):
 
 def cumulative_regret(run: Run):
     """Cumulative regret against budget."""
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = plain_axes(1)
     for name, label in (("cumulative_regret", "against 1"), ("cumulative_regret_best", "against the trace's best")):
         _band(axis, run.results, run.results["budgets"], name, 1, f"{label} (95% band)")
     axis.set_xlabel(_columns(run))
@@ -416,7 +417,7 @@ def _training(runs: Sequence[Run]):
     """`eval/anytime` against steps and against sampled tokens; the runs of a variant share a colour."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure, axes = _axes(2)
+    figure, axes = plain_axes(2)
     colors, labelled = _colors(runs), set()
     for run in runs:
         rows = [row for row in run.rows if row.get("eval/anytime") is not None]

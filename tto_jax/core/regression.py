@@ -46,12 +46,12 @@ def accumulate(before: NormalEquations, batch: NormalEquations, decay: float) ->
 
 
 def coefficients(sums: NormalEquations, ridge: float) -> np.ndarray:
-    """a, b, c f32[S,3]: the least of sum (R - a V1 - b V2 - c)^2 + ridge |(a, b, c) - BRPO's|^2.
+    """a, b, c f32[...,S,3]: the least of sum (R - a V1 - b V2 - c)^2 + ridge |(a, b, c) - BRPO's|^2.
 
     BRPO's are (s / S, (S - s) / S, 0): what holds before the first batch, and where a block tells nothing.
     """
     gram, moment = np.asarray(sums.gram, np.float64), np.asarray(sums.moment, np.float64)
-    size = len(moment)
+    size = moment.shape[-2]
     share = np.arange(size) / size
     brpo = np.stack([share, 1 - share, np.zeros(size)], axis=-1)
     solved = np.linalg.solve(gram + ridge * np.eye(3), (moment + ridge * brpo)[..., None])
