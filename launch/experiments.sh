@@ -19,6 +19,7 @@ esac
 read -ra variants <<<"${VARIANTS:-grpo mrt_online brpo mrt_star star progress_gae_0 progress_gae_half progress_gae_1 \
   grpo_length mrt_termination brpo_linear brpo_base}"
 read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
+# shellcheck source=launch/setup.sh
 source "$(dirname "$0")/setup.sh"
 mkdir -p "$WORKDIR"
 
@@ -43,14 +44,23 @@ run() { # NAME SEED: trains and evaluates the variant, or the warm start
   esac
   .venv/bin/python -m tto_jax.evaluate --workdir="$dir"
 }
-export -f run
+logged() { # NAME SEED
+  local log="$WORKDIR/$1-$2.log"
+  if run "$@" >"$log" 2>&1; then
+    echo "done: $1, seed $2"
+  else
+    tail -n 5 "$log"
+    return 1
+  fi
+}
+export -f run logged
 export TASK WORKDIR
 
+# shellcheck disable=SC2016 # it is bash that expands them
 for name in warm_start "${variants[@]}"; do
   for seed in "${seeds[@]}"; do echo "$name $seed"; done
-done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 --process-slot-var=SLOT \
-  bash -euo pipefail -c 'run "$1" "$2" >"$WORKDIR/$1-$2.log" 2>&1 && echo "done: $1, seed $2" || { tail -n 5 "$WORKDIR/$1-$2.log"; exit 1; }' run
+done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 --process-slot-var=SLOT bash -euo pipefail -c 'logged "$@"' bash
 
 folders=("$WORKDIR"/warm_start-?)
 for name in "${variants[@]}"; do folders+=("$WORKDIR/$name"-?-?); done
-.venv/bin/python -m tto_jax.report --out="$WORKDIR" --baseline=grpo --target=brpo "${folders[@]}"
+.venv/bin/python -m tto_jax.report --out="$WORKDIR" --baseline=grpo "${folders[@]}"
