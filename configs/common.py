@@ -18,9 +18,14 @@ ALGORITHMS = {
     "progress_gae_half": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
     "progress_gae_1": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
     "potential": ("progress_gae", "uniform", "brpo", True, 4, 0.0),
+    # With one answer a fork half of the samples from a prefix end there at once, and half think on.
+    "mrt_termination": ("mrt_termination", "base", "grpo", False, 1, 0.0),
+    "mrt_joint": ("mrt_joint", "base", "grpo", False, 1, 0.0),
+    "mrt_explicit": ("mrt_explicit", "base", "grpo", True, 4, 0.0),
 }
 # What an algorithm sets beside its line above.
 _START = {"rollout.start": True}
+_PREFIX = {"prefix.every": 20, **_START}
 SETS = {
     "regression": {"credit.estimator.leave_one_out": True, "credit.baseline_fit": 0.9},
     "mrt_online": {"episodes.rule": "delimiters", "episodes.most": 6},
@@ -28,6 +33,9 @@ SETS = {
     "progress_gae_half": {"credit.estimator.gamma": 0.5, **_START},
     "progress_gae_1": _START,
     "potential": {"credit.estimator.progress_weights": "ones", **_START},
+    "mrt_termination": _PREFIX,
+    "mrt_joint": _PREFIX,
+    "mrt_explicit": {"episodes.rule": "delimiters", "episodes.most": 2, **_PREFIX},  # the first new one, and the rest
 }
 # Ablations of the paper that only the experiments with pretrained models have.
 ABLATIONS = {
@@ -146,6 +154,11 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "gap": 2,  # paragraphs after a cut in which no other is made
                 "max_cuts": 49,  # at markers
                 "group": 5,  # consecutive episodes that are made one
+            },
+            "prefix": {  # episodes of a trace of an earlier policy that follow a prompt; they are not trained
+                "every": 0,  # steps after which that policy is the present one again; 0: no prefixes
+                "tokens": 1024,  # of the longest prefix
+                "rule": "delimiters",  # of the section `episodes`, or budgets: where that trace is cut
             },
             "rollout": {
                 "problems": 64,

@@ -84,7 +84,7 @@ class Compiled:
 def parts(plan: Settings, mesh: Mesh) -> dict[str, Part]:
     """The parts of a step, by name; `plan` as it is on the mesh (`Settings.on`)."""
     model, engine, loss = plan.model, plan.rollout, plan.loss
-    state = _placed(mesh, learner.abstract_state(model, plan.optimizer), model.num_kv_heads)
+    state = _placed(mesh, learner.abstract_state(model, plan.optimizer, plan.prefix is not None), model.num_kv_heads)
     with jax.set_mesh(mesh):
         cast = jax.eval_shape(lambda params: rollout.weights(model, params), state.params)
         weights = _with(cast, decoding.shardings(mesh, model))
@@ -154,7 +154,7 @@ def flattened_update(plan: Settings, mesh: Mesh) -> Part:
     One trains the trace as well. Rows are as long as the longest.
     """
     model, branches = plan.model, plan.columns * plan.rollout.answers
-    length = plan.prompt_pad + plan.rollout.trace_pad + plan.answer_pad
+    length = plan.context_pad + plan.rollout.trace_pad + plan.answer_pad
     shape = (plan.rows // plan.minibatches * branches, length)
     tokens, mask = _array(jnp.int32, *shape), _array(bool, *shape)
     rows = split_rows(mesh, jax.eval_shape(token_tree.sequences, tokens, _array(jnp.int32, shape[0]), mask))
@@ -166,7 +166,7 @@ def flattened_update(plan: Settings, mesh: Mesh) -> Part:
         micro_tokens=plan.loss.micro_rows(per_part) * branches * length,
         buckets=1,
     )
-    state = _placed(mesh, learner.abstract_state(model, plan.optimizer), model.num_kv_heads)
+    state = _placed(mesh, learner.abstract_state(model, plan.optimizer, plan.prefix is not None), model.num_kv_heads)
     batch, partial = _begun(mesh, plan, loss, state.params, rows)
     return Part(
         FLATTENED,
@@ -217,7 +217,7 @@ def packed_rows(plan: Settings, number: int) -> TokenTree:
 
 def _prompts(plan, problems):
     return Prompts(
-        tokens=_array(jnp.int32, problems, plan.prompt_pad),
+        tokens=_array(jnp.int32, problems, plan.context_pad),
         length=_array(jnp.int32, problems),
         id=_array(jnp.uint32, problems),
     )

@@ -134,11 +134,19 @@ def update_metrics(updates: list[dict]) -> dict:
 
 
 def samples(
-    settings: Settings, problems, traces: Traces, forks, answers: Answers, scores: Scores, credit: Credit, count
+    settings: Settings,
+    problems,
+    traces: Traces,
+    forks,
+    answers: Answers,
+    scores: Scores,
+    credit: Credit,
+    count,
+    prefixes: Sequence[Sequence[int]] | None = None,
 ):
     """The first trace of some problems: the text of every block, its advantage and progress, the answers at its end.
 
-    `regret` is the trace's sum of 1 - J over the cuts.
+    `regret` is the trace's sum of 1 - J over the cuts; `prefix` what stands before the trace, where there are any.
     """
     size, group = forks.shape[-1], settings.rollout.group_size
     credit = credits.with_start(credit)
@@ -167,7 +175,10 @@ def samples(
             )
         problem = problems[b]
         regret = float((1.0 - pooled[b, int(settings.credit.start) :]).sum())
-        found.append({"prompt": problem.prompt, "reference": list(problem.answers), "regret": regret, "blocks": blocks})
+        before = {} if prefixes is None else {"prefix": decode(prefixes[b])}
+        found.append(
+            {"prompt": problem.prompt, **before, "reference": list(problem.answers), "regret": regret, "blocks": blocks}
+        )
     return found
 
 

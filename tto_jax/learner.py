@@ -157,6 +157,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.apply_if_finite(update, max_consecutive_errors=2**31 - 1)
 
 
+@pytree
+class LaggingState(TrainState):
+    """A state that remembers the parameters of some steps ago, for rollouts of an earlier policy."""
+
+    stale: Params
+
+
 def init_state(
     params: Params, optimizer: OptimizerConfig, mesh: jax.sharding.Mesh | None = None, kv_heads: int = 1
 ) -> TrainState:
@@ -170,9 +177,30 @@ def init_state(
     return dataclasses.replace(rest(params), params=params)
 
 
-def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
-    """Shapes and dtypes of the state, for a restore."""
-    return jax.eval_shape(lambda: init_state(decoder.init_params(model, 0), optimizer))
+def lagging(state: TrainState) -> LaggingState:
+    """The state with a copy of its parameters as those of some steps ago."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(TrainState)}
+    return LaggingState(**fields, stale=jax.tree.map(jnp.copy, state.params))
+
+
+def catch_up(state: LaggingState, due: Array) -> LaggingState:
+    """The state with its present parameters as the stale ones, if due (bool[]). The stale ones are donated."""
+    return dataclasses.replace(state, stale=_chosen(state.stale, state.params, due))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _chosen(stale, params, due):
+    return jax.tree.map(lambda old, new: jnp.where(due, new, old), stale, params)
+
+
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, lags: bool = False) -> TrainState:
+    """Shapes and dtypes of the state, of a `LaggingState` if it lags, for a restore."""
+
+    def make():
+        state = init_state(decoder.init_params(model, 0), optimizer)
+        return lagging(state) if lags else state
+
+    return jax.eval_shape(make)
 
 
 def target_logprobs(
@@ -425,7 +453,7 @@ def apply(
     updates, opt_state = make_optimizer(optimizer).update(partial.grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"update/grad_norm": optax.tree.norm(partial.grads), "update/skipped": opt_state.total_notfinite}
-    state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return sharding.constrain_params(state, model.num_kv_heads), _metrics(partial.sums) | metrics
 
 

@@ -39,7 +39,7 @@ def values(
     tokens, length = encode(plan, problems)
     rows = _rows(plan.rollout.forced_pad, prompts, traces, forks, answers, *sharding.put_rows((tokens, length)))
     size, width = forks.shape[1], plan.rollout.forced_pad + plan.rollout.answer_cap
-    states = plan.prompt_pad + plan.rollout.trace_pad + size * width
+    states = plan.context_pad + plan.rollout.trace_pad + size * width
     config = dataclasses.replace(plan.loss, num_targets=size * plan.rollout.answer_cap, num_states=states)
     logprob, _ = learner.score_logprobs(plan.model, config, params, rows)
     return _probability(logprob, rows.loss_mask, (size, width), plan.rollout.group_size)

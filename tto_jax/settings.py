@@ -100,6 +100,30 @@ class CreditConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """Prompts that go on with some episodes of a trace of an earlier policy."""
+
+    every: int  # steps after which that policy is the present one again
+    tokens: int  # of the longest prefix
+    episodes: Episodes | None  # where its traces are cut; None: at the budgets
+    budgets: tuple[int, ...]
+
+    def age(self, step: int) -> int:
+        """Steps, of `step` and counted from 1, since the earlier policy was the present one."""
+        return (step - 1) % self.every
+
+    def forks(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Ends of the episodes of traces i32[N,C] of length i32[N]: i32[N,S], the last one that of the trace."""
+        if self.episodes is not None:
+            return self.episodes(tokens, length)
+        return np.minimum(length[:, None], np.append(self.budgets, np.iinfo(np.int32).max)).astype(np.int32)
+
+    def rollout(self, config: RolloutConfig) -> RolloutConfig:
+        """One trace a problem: a token more than a prefix has, which tells whether an episode ends there."""
+        return dataclasses.replace(config, group_size=1, trace_pad=self.tokens + 1, answers=1, slots=0, answer_slots=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that the training page needs, resolved."""
 
@@ -107,7 +131,7 @@ class Settings:
     steps: int
     problems: int  # B, problems a step
     minibatches: int
-    prompt_pad: int  # P
+    prompt_pad: int  # P, of a problem
     mesh: tuple[int, int, int]  # devices along data, fsdp, tensor; -1: the rest
     task: Task
     tokenizer: Tokenizer
@@ -120,6 +144,12 @@ class Settings:
     episodes: Episodes | None = None  # where traces are cut, instead of at the budgets
     sampled_budgets: bool = False  # all but the last one are drawn at every step
     resample: int = 0  # rollouts beside the first, for problems in place of those whose scores are all alike
+    prefix: PrefixConfig | None = None  # what follows a problem's prompt in training
+
+    @property
+    def context_pad(self) -> int:
+        """Tokens of the longest prompt that is trained on: of a problem, and its prefix."""
+        return self.prompt_pad + (self.prefix.tokens if self.prefix else 0)
 
     @property
     def rows(self) -> int:
@@ -192,7 +222,9 @@ class Settings:
 
     def kv_bytes(self) -> int:
         """Bytes of KV that a rollout holds at most: prompts, traces or slots, inserted tokens and answers."""
-        tokens = self.rollout.kv_tokens(self.problems, self.prompt_pad, self.columns)
+        tokens = self.rollout.kv_tokens(self.problems, self.context_pad, self.columns)
+        if self.prefix:
+            tokens = max(tokens, self.prefix.rollout(self.rollout).kv_tokens(self.problems, self.prompt_pad, 0))
         width = jnp.dtype(self.model.dtype).itemsize * self.model.num_kv_heads * self.model.kv_copies
         return 2 * self.model.num_layers * tokens * width * self.model.head_dim
 
@@ -246,6 +278,8 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         slots=config.rollout.slots,
         answer_slots=config.rollout.answer_slots,
     )
+    prefix = _prefix(config, tokenizer)
+    context_pad = task.max_prompt_tokens + (prefix.tokens if prefix else 0)
     settings = Settings(
         seed=config.seed,
         steps=config.steps,
@@ -257,7 +291,7 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         tokenizer=tokenizer,
         model=model,
         rollout=rollout,
-        loss=_loss(config, rollout, schedule.size + config.rollout.start, task.max_prompt_tokens),
+        loss=_loss(config, rollout, schedule.size + config.rollout.start, context_pad),
         optimizer=OptimizerConfig(
             **config.learner.optimizer.to_dict(), decay_steps=config.steps * config.learner.minibatches
         ),
@@ -280,6 +314,7 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
         episodes=cut_by,
         sampled_budgets=config.budgets.sampled,
         resample=config.rollout.resample,
+        prefix=prefix,
     )
     _check(settings, config)
     return settings
@@ -294,6 +329,30 @@ def _episode_prior(prior, size) -> BudgetSchedule:
     if len(prior) != size:
         raise ValueError(f"budgets.prior={prior!r} over {size} episodes: choose 'uniform', 'base', or {size} weights")
     return BudgetSchedule.from_weights(prior)
+
+
+def _prefix(config, tokenizer) -> PrefixConfig | None:
+    every, tokens, rule = config.prefix.every, config.prefix.tokens, config.prefix.rule
+    if every < 0:
+        raise ValueError(f"prefix.every={every}: steps between two copies of the policy, 0 for no prefixes; choose 20")
+    if not every:
+        return None
+    budgets = tuple(config.budgets.tokens)
+    if not 1 <= tokens < budgets[-1]:
+        raise ValueError(f"prefix.tokens={tokens}: choose 1 to {budgets[-1] - 1} tokens, below the last budget")
+    try:
+        # As many episodes as a prefix can have, and what follows them.
+        cut_by = episodes.of_section(
+            config.episodes.to_dict() | {"rule": rule, "most": tokens + 1}, tokenizer, tokens + 1
+        )
+    except ValueError as error:
+        raise ValueError(f"prefix.rule={rule!r}, prefix.tokens={tokens}: {error}") from error
+    if cut_by is None and budgets[0] > tokens:
+        raise ValueError(
+            f"prefix.rule='budgets', prefix.tokens={tokens}: no prefix ends at one of budgets.tokens={budgets}; choose "
+            f"at least {budgets[0]} tokens, or one of {episodes.RULES[1:]}"
+        )
+    return PrefixConfig(every, tokens, cut_by, budgets)
 
 
 def _loss(config, rollout, size, prompt_pad):
@@ -358,6 +417,11 @@ def _check(settings: Settings, config) -> None:
         raise ValueError("rollout.group_size=1 with credit.baseline_fit: a trace has no others; choose 2 or more")
     if settings.resample < 0:
         raise ValueError(f"rollout.resample={settings.resample}: rollouts beside the first, 0 for none; choose 2")
+    if settings.resample and settings.prefix:
+        raise ValueError(
+            f"rollout.resample={settings.resample} with prefix.every={settings.prefix.every}: problems are replaced "
+            "only where there are no prefixes; choose 0 for one of them"
+        )
     if settings.credit.overlong_margin > settings.rollout.trace_pad:
         raise ValueError(
             f"credit.overlong_margin={settings.credit.overlong_margin}: it lies below the last budget, "
@@ -371,8 +435,8 @@ def _check(settings: Settings, config) -> None:
         )
     if not inputs.is_pretrained(config):
         _check_warm_start(config, settings)
-    _check_context("budgets.tokens", settings, tuple(config.budgets.tokens))
-    _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets))
+    _check_context("budgets.tokens", settings, tuple(config.budgets.tokens), settings.context_pad)
+    _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets), settings.prompt_pad)
 
 
 def _check_warm_start(config, settings: Settings) -> None:
@@ -388,15 +452,15 @@ def _check_warm_start(config, settings: Settings) -> None:
         )
 
 
-def _check_context(name: str, settings: Settings, budgets: tuple[int, ...]) -> None:
+def _check_context(name: str, settings: Settings, budgets: tuple[int, ...], prompt_pad: int) -> None:
     try:
         BudgetSchedule.from_prior(budgets)
     except ValueError as error:
         raise ValueError(f"{name}={budgets}: {error}") from error
-    around = settings.prompt_pad + settings.answer_pad
+    around = prompt_pad + settings.answer_pad
     context = settings.model.max_position
     if around + budgets[-1] > context:
         raise ValueError(
-            f"{name}={budgets}: prompt and answer ({around} tokens) and the last budget exceed "
+            f"{name}={budgets}: prompt, prefix and answer ({around} tokens) and the last budget exceed "
             f"model.max_position={context}; choose a last budget of at most {context - around}"
         )

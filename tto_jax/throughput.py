@@ -6,7 +6,8 @@ products a pair of tokens, head and layer), and is projected on the vocabulary i
 or is trained. Not counted: padding, what is computed again (by `remat`, or by the implementation), embeddings, norms,
 softmax, rotations, the optimizer, credit, communication. By phase:
 
-- think: prompts, each once; all tokens of the traces, which are also sampled.
+- think: prompts, each once; all tokens of the traces, which are also sampled; the same of an earlier policy's traces,
+  where prefixes are taken from them.
 - answer: the inserted tokens, once a fork; the sampled ones, of which the last one of an answer is not fed.
 - score: the packed rows (prompt, trace, and every branch as it is packed); twice where there is a reference.
 - update: 3 times the packed rows, 1 forward and 2 backward.
@@ -58,6 +59,13 @@ def _segments(model, before, new):
     return float((new * per_token(model) + (new * before + new * (new + 1) / 2) * per_pair(model)).sum())
 
 
+def think_flops(model: ModelConfig, prompt_length: np.ndarray, trace_length: np.ndarray) -> float:
+    """FLOPs of prompts i32[B], each once, and of the traces i32[N] sampled from them."""
+    prompt = np.repeat(prompt_length, len(trace_length) // len(prompt_length))
+    sampled = per_logits(model) * float(trace_length.sum())
+    return _segments(model, 0, prompt_length) + _segments(model, prompt, trace_length) + sampled
+
+
 def step_flops(
     settings: Settings, prompt_length: np.ndarray, traces: Traces, forks: np.ndarray, answers: Answers
 ) -> dict[str, float]:
@@ -78,7 +86,7 @@ def step_flops(
     packed = _segments(model, 0, prompt + trace) + branches + thought + answered
     fed = _segments(model, (before + inserted)[..., None], np.maximum(sampled - 1, 0))
     return {
-        "flops/think": _segments(model, 0, prompt_length) + _segments(model, prompt, trace) + thought,
+        "flops/think": think_flops(model, prompt_length, trace),
         "flops/answer": insertions + fed + answered,
         "flops/score": packed * (2 if settings.loss.kl else 1),
         "flops/update": 3 * packed,

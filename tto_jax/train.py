@@ -29,6 +29,7 @@ from tto_jax import (
     inputs,
     learner,
     preemption,
+    prefixes,
     profiling,
     reference_values,
     resampling,
@@ -106,7 +107,7 @@ def train(
         saved = checkpoint.Checkpointer(workdir / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
         opened.enter_context(saved)
         with sharding.use(mesh):
-            like = learner.abstract_state(plan.model, plan.optimizer)
+            like = learner.abstract_state(plan.model, plan.optimizer, plan.prefix is not None)
             resumed = saved.restore_latest(sharding.abstract(mesh, like, plan.model.num_kv_heads))
         initial = warm_start.initial_params(config, plan, workdir, mesh) if plan.loss.kl or not resumed else None
         opened.enter_context(sharding.use(mesh))
@@ -124,6 +125,7 @@ def train(
         else:  # the state is donated to the update, the reference stays
             initial = jax.tree.map(jnp.copy, initial) if reference else initial
             state = learner.init_state(initial, plan.optimizer, mesh, plan.model.num_kv_heads)
+            state = learner.lagging(state) if plan.prefix else state
             done = 0
             record = {"problems": found.fingerprint, "config": config.to_dict(), "began": began, "written": [0, 0]}
             record = advanced(record, batches, {"tokens": 0, "seconds": 0.0}, evaluated=False)
@@ -156,14 +158,17 @@ def train(
 
                 # Nothing crosses between host and device but what is named: a transfer by accident is an error.
                 with jax.transfer_guard("disallow"):
+                    poll, drawn = functools.partial(stop.check, "think"), None
+                    if plan.prefix:  # what an earlier policy has thought goes before
+                        drawn = prefixes.draw(plan, state.stale, batch.prompts, key, step, step == start + 1, poll)
+                        batch = dataclasses.replace(batch, prompts=drawn.prompts)
+                        prompts = sharding.put_rows(batch.prompts)
                     # Think, cut, answer.
                     # Awaited: another program in flight beside its gathers could meet them in another order elsewhere.
                     weights = jax.block_until_ready(rollout.weights(plan.model, state.params))
                     if step == start + 1:  # no length that comes later compiles anything
                         rollout.compile_all(plan.model, plan.rollout, weights, prompts, key, cuts)
-                    sample = functools.partial(
-                        rollout.sample, plan.model, plan.rollout, weights, poll=functools.partial(stop.check, "think")
-                    )
+                    sample = functools.partial(rollout.sample, plan.model, plan.rollout, weights, poll=poll)
                     traces, forks, answers, stats = sample(prompts, key, cuts)
                     clock.mark("think", answers), clock.mark("answer")  # `stats` knows how the time was shared
 
@@ -200,6 +205,8 @@ def train(
                         part = learner.minibatch(rows, plan.minibatches, sharding.put(np.int32(index)))
                         state, update = learner.train_step(plan.model, plan.loss, plan.optimizer, state, part)
                         updates.append(update)
+                    if plan.prefix:
+                        state = learner.catch_up(state, sharding.put(np.bool_(plan.prefix.age(step + 1) == 0)))
                     clock.mark("update", state, may_stop=False)
                     tokens = diagnostics.token_metrics(rows, old, entropy)
                     updates, token_metrics, sums = jax.device_get((updates, tokens, sums))
@@ -210,23 +217,29 @@ def train(
                 everywhere = sharding.gather((scores, seen[0].length, seen[0].ended, seen[1]))
                 lengths = sharding.gather((batch.prompts.length, seen[2].length))
                 counts = graded.counts() | throughput.step_flops(plan, batch.prompts.length, *seen)
+                if drawn:
+                    counts["flops/think"] += drawn.flops(plan.model)
                 counts = sharding.gather({name: np.array([number]) for name, number in counts.items()})
                 sampled = int(token_metrics.pop("tokens")) + resampled.get("resample/dropped_tokens", 0)
                 row = diagnostics.rollout_metrics(*everywhere, plan.names, plan.credit.start)
                 row |= diagnostics.progress_metrics(everywhere[0].correct, everywhere[3], *lengths, plan)
                 row |= diagnostics.credit_metrics(earned, baselines) | diagnostics.known(token_metrics)
                 row |= diagnostics.update_metrics(updates) | {name: int(n.sum()) for name, n in counts.items()}
+                told = drawn.metrics() | {"prefix/age": plan.prefix.age(step)} if drawn else {}
+                sampled += told.get("prefix/sampled", 0)
                 totals = record["totals"]
                 totals = {"tokens": totals["tokens"] + sampled, "seconds": totals["seconds"] + clock.total()}
-                row |= resampled | stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
+                row |= resampled | told | stats.metrics() | totals | clock.seconds() | stats.phase_seconds()
+                row["seconds/think"] += drawn.seconds if drawn else 0.0
                 row |= throughput.speed(row, sampled, peak) | throughput.memory()
                 row |= throughput.goodput(record["began"], totals["seconds"])
                 writer.write(step, row)
                 shown = ("score/anytime", "length/mean", "update/grad_norm")
                 progress.update(step, {name: row[name] for name in shown})
                 if step % config.log.samples_every == 0:
-                    shown = diagnostics.samples(plan, batch.problems, *seen, scores, local[0], count=config.log.samples)
-                    writer.write_samples(step, shown)
+                    prefix = drawn and drawn.prefixes
+                    shown = plan, batch.problems, *seen, scores, local[0], config.log.samples, prefix
+                    writer.write_samples(step, diagnostics.samples(*shown))
                 clock.close()
                 due = step % config.evaluation.every == 0
                 done, record = step, advanced(record, batches, totals, evaluated=not due)
@@ -318,9 +331,12 @@ def describe(plan: Settings) -> str:
     cut = f"up to {plan.rollout.trace_pad} tokens, cut into {plan.schedule.size} episodes: {plan.episodes}"
     if plan.schedule.tokens is not None:
         cut = f"{np.asarray(plan.schedule.tokens).tolist()} tokens"
+    longest = f"{plan.prompt_pad}"
+    if plan.prefix:
+        longest += f" and prefixes up to {plan.prefix.tokens}, by {plan.prefix}"
     lines = {
         "task": plan.task,
-        "tokens": f"prompts up to {plan.prompt_pad}, {inserted}, answers up to {plan.rollout.answer_cap}{absent}",
+        "tokens": f"prompts up to {longest}, {inserted}, answers up to {plan.rollout.answer_cap}{absent}",
         "model": f"{count:,} parameters (float32), computed in {plan.model.dtype}",
         "budgets": f"{cut}, prior {np.asarray(plan.schedule.weights).round(4).tolist()}",
         "credit": f"{plan.credit}",

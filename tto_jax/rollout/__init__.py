@@ -8,7 +8,7 @@ depend on the batch's layout (up to floating-point ties).
 from tto_jax.rollout.answering import cut, sample_answers
 from tto_jax.rollout.config import RolloutConfig
 from tto_jax.rollout.cuts import Cuts
-from tto_jax.rollout.engine import compile_all, sample
+from tto_jax.rollout.engine import compile_all, compile_traces, sample
 from tto_jax.rollout.stats import RolloutStats
 from tto_jax.rollout.thinking import Trunk, sample_traces, start, think, weights
 
@@ -18,6 +18,7 @@ __all__ = [
     "RolloutStats",
     "Trunk",
     "compile_all",
+    "compile_traces",
     "cut",
     "sample",
     "sample_answers",

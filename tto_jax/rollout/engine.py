@@ -88,9 +88,7 @@ def compile_all(
         number += 4
     else:
         skip = sharding.put(np.bool_(True))
-        state, cache, keys = start(model, config, weights, prompts, key, first)
-        for bucket in config.buckets:
-            state, _ = think(model, config, weights, prompts, cache, state, keys.thinking, none, bucket=bucket)
+        for bucket, state, cache, keys in _each_bucket(model, config, weights, prompts, key):
             traces = traces_of(config, state)
             answers, _ = _answer(
                 *(model, config, weights, prompts, cache, state.cache, traces, cuts(traces), keys.answering, skip),
@@ -100,6 +98,21 @@ def compile_all(
         number += 3
     jax.block_until_ready(_tokens(traces.length, answers))
     return number + 1
+
+
+def compile_traces(model: ModelConfig, config: RolloutConfig, weights: Weights, prompts: Prompts, key: Array) -> None:
+    """Compile every program that `sample_traces` may call with arrays of these shapes, as `compile_all` does."""
+    for _, state, *_ in _each_bucket(model, config, weights, prompts, key):
+        jax.block_until_ready(traces_of(config, state).length)
+
+
+def _each_bucket(model, config, weights, prompts, key):
+    """Of every bucket: its size, and the state after no step of thinking, the prompts' cache and the keys."""
+    first, none = sharding.put(np.int32(0)), sharding.put(np.int32(0))
+    state, cache, keys = start(model, config, weights, prompts, key, first)
+    for bucket in config.buckets:
+        state, _ = think(model, config, weights, prompts, cache, state, keys.thinking, none, bucket=bucket)
+        yield bucket, state, cache, keys
 
 
 def _parts():
