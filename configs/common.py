@@ -222,8 +222,10 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
                 "forks": "budgets",  # or a rule of the section `episodes`, by `evaluate --forks`
                 "start": False,  # answers before any thinking, too: budget 0, by `evaluate --start`
                 "extensions": 0,  # how often thinking goes on after its end, by `evaluate --extend`
-                "extension_tokens": 2048,  # of thinking in each, at most
+                "extension_tokens": 2048,  # of thinking in each, or in a round, at most
                 "extension_words": EXTENSION_WORDS,  # one of which replaces `</think>`
+                "linearise": 0,  # tokens of linearised thinking from which it goes on, by `evaluate --linearise`
+                "rounds": 4,  # of it; see `tto_jax.linearised`
             },
             "checkpoint": {"every": 20, "keep": 2, "keep_every": 0},
             "log": {"samples_every": 20, "samples": 4},

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from test_evaluation import BUDGETS, OPTIONS, PROBLEMS, A, N, assert_same, params, plan, problems, read_lines
 
-from tto_jax import evaluation, extrapolation, summary
+from tto_jax import continuing, evaluation, extrapolation, summary
 from tto_jax.core import token_tree
 from tto_jax.core.types import Traces
 from tto_jax.models import decoder
@@ -47,6 +47,7 @@ def test_what_is_kept_of_an_extension(kept):
             assert len(new) == extension["sampled"] <= 4
             assert extension["ended"] == (new[-1] == "</think>") and "</think>" not in new[:-1]
             assert extension["ended"] or len(new) == 4
+            assert extension["seen"] == before - ended + len(extension["word"].split())
             assert extension["tokens"] == before - ended + len(extension["word"].split()) + len(new)
             assert extension["inserted"] == (1 if extension["ended"] else 2) and len(extension["answers"]) == A
             for answer in extension["answers"]:
@@ -128,8 +129,9 @@ def test_a_trace_that_ended_with_eos_is_over():
     more = {"tokens": 3, "ended": True, "eos": False, "text": "x y z", "inserted": [1], "answers": [["new"]]}
     zeros = np.zeros((2, 3), np.int32)
     traces = Traces(zeros, zeros, np.array([3, 3]), np.array([True, True]), np.array([False, False]))
-    extension = extrapolation.Extension([[1] * 5, [1] * 6], ["", "w"], np.array([True, False]), traces, zeros, None)
-    over, on = extrapolation.lines_with([dict(line), dict(other)], [(extension, [more, more])] * 2)
+    before = np.array([5, 6])
+    extension = continuing.Extension(before, before, ["", "w"], np.array([True, False]), traces, zeros, None)
+    over, on = continuing.lines_with([dict(line), dict(other)], [(extension, [more, more])] * 2)
     for found in over["extensions"]:
         assert (found["tokens"], found["answers"], found["sampled"], found["eos"]) == (5, ["late"], 0, True)
     assert [(x["tokens"], x["answers"], x["word"]) for x in on["extensions"]] == [(9, ["new"], "w")] * 2

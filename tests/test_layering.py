@@ -50,6 +50,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
                 "problem_files",
                 "continuing",
                 "extrapolation",
+                "linearised",
                 "token_efficiency",
                 "variants",
                 "problem_sets",

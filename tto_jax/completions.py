@@ -15,9 +15,10 @@ are then. One line a trace:
                            judged it: text, symbolic, timeout, crash)
     prompt, ids            only where they are asked for: the problem's text, and the tokens of the trace; an answer has
                            ids, too: the inserted tokens, then the sampled ones
-    extensions             only where thinking went on after the last budget: one object an extension, with word (what
-                           replaced `</think>`; empty: nothing), text (what followed), sampled (its tokens), tokens (of
-                           all thinking up to its end), ended, eos, inserted and the list answers
+    extensions             only where thinking went on after the last budget: one object an extension, or a round, with
+                           word (what replaced `</think>`; empty: nothing), seen (tokens of the thinking before, or of
+                           its linearised window, that followed the prompt), text (what followed), sampled (its
+                           tokens), tokens (of all thinking up to its end), ended, eos, inserted and the list answers
 """
 
 import dataclasses

@@ -19,6 +19,9 @@ says, in place of the budgets: numbers of results.json that are one a budget are
 --start forces answers before any thinking, too: budget 0, which counts as the others do in means over budgets.
 --extend=N goes beyond the last budget: N times, a word such as `Wait` replaces the `</think>` of a trace, which thinks
 on for up to evaluation.extension_tokens tokens (`extrapolation` in results.json, extended.npz, tokens.png).
+--linearise=WINDOW goes beyond it with a model that backtracks: --rounds times, what was taken back is removed, the last
+WINDOW tokens of what is left follow the prompt, and thinking that was cut goes on for up to as many tokens
+(`linearised` in results.json, extended.npz, tokens.png).
 """
 
 import dataclasses
@@ -43,6 +46,7 @@ from tto_jax import (
     extrapolation,
     host,
     inputs,
+    linearised,
     metrics,
     preemption,
     pretrained,
@@ -79,6 +83,15 @@ _AS_TRAINING = flags.DEFINE_bool(
 _START = flags.DEFINE_bool("start", None, "Answers before any thinking, too, as budget 0; default: evaluation.start.")
 _EXTEND = flags.DEFINE_integer(
     "extend", None, "How often thinking goes on after its end; default: evaluation.extensions.", lower_bound=0
+)
+_LINEARISE = flags.DEFINE_integer(
+    "linearise",
+    None,
+    "Window of linearised thinking from which cut traces go on, in tokens; default: evaluation.linearise.",
+    lower_bound=0,
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", None, "With --linearise: how often they go on; default: evaluation.rounds.", lower_bound=1
 )
 _MESH = flags.DEFINE_list(
     "mesh", None, "Devices along data,fsdp,tensor; default: as the configuration says.", allow_override=True
@@ -118,6 +131,7 @@ def main(argv):
     plan = plan.on(mesh)
     options = evaluation.Options.from_config(config.evaluation).for_page(config)
     extrapolation.check(plan, options)
+    linearised.check(plan, options)
     limits = numbers("--regret_tokens", _REGRET.value) or list(options.budgets[-1:])
     folder = epath.Path(_OUT.value or _WORKDIR.value) / "evaluation"
     distributed.say(distributed.banner(mesh))
@@ -148,9 +162,10 @@ def main(argv):
         for name, found in sets.items():
             record["sets"][name]["dropped"] = found.dropped
         record |= about(subject, options, limits, step, results)
-        if options.extensions:
+        if options.goes_on:
             extended = {name: result.extended for name, result in results.items()}
-            record["extrapolation"] = summary.extrapolation(extended, options.seed)
+            kind = "linearised" if options.linearise else "extrapolation"
+            record[kind] = summary.extrapolation(extended, options.seed)
             evaluation.save(folder / "extended.npz", extended)
         write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
 
@@ -248,10 +263,14 @@ def override(config: ConfigDict) -> None:
         "forks": _FORKS.value,
         "start": _START.value,
         "extensions": _EXTEND.value,
+        "linearise": _LINEARISE.value,
+        "rounds": _ROUNDS.value,
     }
     given = {name: value for name, value in given.items() if value is not None}
     with wanted.ignore_type():
         wanted.update((of_training(config) if _AS_TRAINING.value else {}) | given)
+    if _ROUNDS.value and not wanted.linearise:
+        raise app.UsageError("--rounds goes with --linearise: give the window in tokens, such as --linearise=4096")
 
 
 def of_training(config: ConfigDict) -> dict:
@@ -365,6 +384,8 @@ def write(folder: epath.Path, config: dict, record: dict, results: dict[str, eva
     each = record["sets"] if len(record["sets"]) > 1 else {}
     for name, found in {**each, record["variant"]: record}.items():
         print(line(name, record["budgets"], found))
+    for kind in report.BEYOND.keys() & record.keys():
+        print(line_beyond(record["variant"], record[kind]))
 
 
 def line(name: str, budgets, found: dict, columns: int = 8) -> str:
@@ -373,6 +394,13 @@ def line(name: str, budgets, found: dict, columns: int = 8) -> str:
     accuracy = " ".join(f"{budgets[i]}:{found['accuracy'][i]:.3f}" for i in shown)
     low, high = found["anytime_ci95"]
     return f"{name}: {accuracy} anytime {found['anytime']:.3f} [{low:.3f}, {high:.3f}] final {found['final']:.3f}"
+
+
+def line_beyond(name: str, found: dict) -> str:
+    """Accuracy against tokens of thinking that goes on, and its gain with the interval."""
+    points = " ".join(f"{tokens:.1f}:{accuracy:.3f}" for tokens, accuracy in zip(found["thinking"], found["accuracy"]))
+    low, high = found["gain_ci95"][-1]
+    return f"{name}, going on: {points} gain {found['gain'][-1]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def compare(paths: list[str]) -> None:

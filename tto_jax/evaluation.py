@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tto_jax import completions, data, episodes, extrapolation, grading, rollout, sharding
+from tto_jax import completions, continuing, data, episodes, extrapolation, grading, linearised, rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.models.decoder import Params
@@ -43,15 +43,23 @@ class Options:
     episodes: dict | None = None  # the section `episodes`: answers are forced after each of them; None: at the budgets
     start: bool = False  # answers before any thinking, too: the first column, budget 0
     extensions: int = 0  # how often thinking that has ended goes on after the last budget, see `extrapolation`
-    extension_tokens: int = 0  # of thinking in each, at most
+    extension_tokens: int = 0  # of thinking in each, or in a round, at most
     extension_words: tuple[str, ...] = ()  # one of which replaces the `</think>`
+    linearise: int = 0  # tokens of linearised thinking from which cut traces go on, see `linearised`; 0: they do not
+    rounds: int = 0  # how often
 
     def __post_init__(self):
         BudgetSchedule.from_prior(self.budgets)
-        least_of = {"traces": 1, "answers": 1, "rows": 0, "temperature": 0.0, "extensions": 0}
-        for name, least in (least_of | ({"extension_tokens": 1} if self.extensions else {})).items():
+        least_of = {"traces": 1, "answers": 1, "rows": 0, "temperature": 0.0, "extensions": 0, "linearise": 0}
+        least_of |= {"extension_tokens": 1} if self.goes_on else {}
+        for name, least in (least_of | ({"rounds": 1} if self.linearise else {})).items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}: it must be at least {least}")
+        if self.extensions and self.linearise:
+            raise ValueError(
+                f"evaluation.extensions={self.extensions} with evaluation.linearise={self.linearise}: thinking goes on "
+                "in one way, extensions or rounds; choose 0 for the other"
+            )
         if self.extensions and not self.extension_words:
             raise ValueError(
                 f"evaluation.extensions={self.extensions} with extension_words=(): name words that go on, such as "
@@ -69,7 +77,7 @@ class Options:
 
     @classmethod
     def from_config(cls, config, rows: int = 0) -> "Options":
-        """Of a configuration's section `evaluation`, without the extensions: those are the page's only."""
+        """Of a configuration's section `evaluation`, without extensions and rounds: those are the page's only."""
         return cls(
             budgets=tuple(config.budgets),
             traces=config.traces,
@@ -78,6 +86,11 @@ class Options:
             seed=config.seed,
             rows=rows,
         )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is thinking after the last budget, in extensions or in rounds."""
+        return bool(self.extensions or self.linearise)
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -89,7 +102,7 @@ class Options:
         return (0, *found) if self.start else found
 
     def for_page(self, config) -> "Options":
-        """These, with what only the page does of a configuration: answers after episodes, the start, extensions."""
+        """These, with what only the page does of a configuration: answers after episodes, the start, what goes on."""
         wanted = config.evaluation
         if wanted.forks not in episodes.RULES:
             raise ValueError(f"evaluation.forks={wanted.forks!r} is unknown: choose one of {episodes.RULES}")
@@ -99,6 +112,8 @@ class Options:
         if wanted.extensions:
             changes |= {name: wanted[name] for name in ("extensions", "extension_tokens")}
             changes["extension_words"] = tuple(wanted.extension_words)
+        if wanted.linearise:
+            changes |= {name: wanted[name] for name in ("linearise", "rounds", "extension_tokens")}
         return dataclasses.replace(self, **changes)
 
 
@@ -119,11 +134,11 @@ class Evaluation:
     grading: dict[str, int]  # answers that were judged in each way
     seconds: float = 0.0  # spent on sampling and grading
     new_tokens: int = 0  # sampled in these seconds, by all processes; the others were read back
-    extended: "Evaluation | None" = None  # its columns: the trace's end, then after each extension
+    extended: "Evaluation | None" = None  # its columns: the trace's end, then after each extension or round
 
     @property
     def tokens(self) -> int:
-        """Sampled, of traces and answers; without extensions."""
+        """Sampled, of traces and answers; without what went on."""
         return int(self.length.sum()) + int(self.answer_length.sum())
 
 
@@ -144,13 +159,14 @@ def default_rows(settings: Settings, options: Options, problems: int) -> int:
     `problems` for each shard of the context's mesh.
 
     Counted for each trace: the KV of a prompt, of the trace and of its answers; three arrays of logits at the answers;
-    one layer's attention scores of the answers (or of the prompt's prefill). An extension's prompt holds the trace.
+    one layer's attention scores of the answers (or of the prompt's prefill). An extension's prompt holds the trace, a
+    round's its window.
     """
     model, size = settings.model, len(options.columns) * options.answers
     prompt, trunk = settings.prompt_pad, settings.prompt_pad + options.budgets[-1]
-    if options.extensions:
-        prompt = extrapolation.prompt_pad(settings, options)
-        trunk = prompt + options.extension_tokens
+    if options.goes_on:
+        prompt = (linearised if options.linearise else extrapolation).prompt_pad(settings, options)
+        trunk = max(trunk, prompt + options.extension_tokens)
     width = 2 * jnp.dtype(model.dtype).itemsize * model.num_layers * model.num_kv_heads * model.head_dim
     kv = width * (trunk + size * settings.answer_pad)
     scores = 4 * model.num_heads * max(size * trunk, prompt**2)
@@ -223,8 +239,8 @@ def evaluate(
 
     def add(part, lines):
         found[part.number] = columns = completions.columns(lines)
-        if options.extensions:
-            extended[part.number] = extrapolation.columns(lines)
+        if options.goes_on:
+            extended[part.number] = continuing.columns(lines)
         on_part(len(lines), float(columns["correct"][:, -1].mean()))
 
     there = completions.parts_in(folder) if folder else ()
@@ -243,10 +259,10 @@ def evaluate(
         for part in together:
             add(part, everyone[part.number])
             new_tokens += int(sum(found[part.number][name].sum() for name in ("length", "answer_length")))
-            new_tokens += extrapolation.sampled(everyone[part.number]) if options.extensions else 0
+            new_tokens += continuing.sampled(everyone[part.number]) if options.goes_on else 0
         poll()
     result = _assemble([found[part.number] for part in plan], len(problems), seconds, new_tokens)
-    if not options.extensions:
+    if not options.goes_on:
         return result
     return dataclasses.replace(
         result, extended=_assemble([extended[part.number] for part in plan], len(problems), 0.0, 0)
@@ -279,8 +295,9 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
     if options.start:
         local = (local[0], *jax.tree.map(lambda x: np.roll(x, 1, axis=1), local[1:]))
     extensions = []
-    if options.extensions:
-        extensions = extrapolation.extend(settings, config, params, prompts, local[0], numbers.start, options, poll)
+    if options.goes_on:
+        go_on = linearised.go_on if options.linearise else extrapolation.extend
+        extensions = go_on(settings, config, params, prompts, local[0], numbers.start, options, poll)
     if not mine:
         return {}
 
@@ -298,9 +315,9 @@ def _sample(settings, config, params, problems, together, size, options, poll, w
         graded = grading.grade(settings.task, settings.tokenizer, chosen, *sampled)
         return completions.lines(settings.tokenizer, names, length, *sampled, graded, options.ids)
 
-    extensions = [extrapolation.take(extension, of_trace) for extension in extensions]
+    extensions = [continuing.take(extension, of_trace) for extension in extensions]
     continued = [(one, lines_of(one.traces, one.forks, one.answers)) for one in extensions]
-    lines = iter(extrapolation.lines_with(lines_of(traces, forks, answers), continued))
+    lines = iter(continuing.lines_with(lines_of(traces, forks, answers), continued))
     return {part.number: list(itertools.islice(lines, len(part.problems) * len(numbers))) for part in mine}
 
 

@@ -5,30 +5,18 @@ number of tokens; a trace that was cut goes on as it is, one that ended with EOS
 far are the prompt of another rollout: they are prefilled again in every extension, once a trace.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from tto_jax import completions, continuing, rollout, sharding
-from tto_jax.core.budgets import BudgetSchedule
-from tto_jax.core.types import Answers, Prompts, Traces
+from tto_jax import continuing
+from tto_jax.continuing import Extension
+from tto_jax.core.types import Prompts, Traces
+from tto_jax.rollout import RolloutConfig
 from tto_jax.settings import Settings
 
 STREAM = 0xE7B2  # keeps the extensions' keys apart from the evaluation's
-
-
-@dataclasses.dataclass(frozen=True)
-class Extension:
-    """N traces that went on, on the host. What a trace that is over got means nothing."""
-
-    before: list[list[int]]  # of each row, thinking before: with the word, without the `</think>`
-    word: list[str]  # what replaced the `</think>`; empty: nothing, the trace had been cut
-    over: np.ndarray  # bool[N], ended with EOS before
-    traces: Traces  # the continuations
-    forks: np.ndarray  # i32[N, 1]: their lengths
-    answers: Answers  # [N, 1, A, E]
 
 
 def words(settings: Settings, given: Sequence[str]) -> list[list[int]]:
@@ -70,7 +58,7 @@ def check(settings: Settings, options) -> None:
 
 def extend(
     settings: Settings,
-    config: rollout.RolloutConfig,
+    config: RolloutConfig,
     params,
     prompts: Prompts,
     traces: Traces,
@@ -89,8 +77,6 @@ def extend(
     thought = [row[:n].tolist() for row, n in zip(traces.tokens, traces.length)]
     ended, over, found = traces.ended, traces.eos, []
     ids, pad = words(settings, options.extension_words), prompt_pad(settings, options)
-    config = dataclasses.replace(config, group_size=1, trace_pad=options.extension_tokens)
-    schedule = sharding.put(BudgetSchedule.from_prior((options.extension_tokens,)))
     start = jax.random.fold_in(jax.random.key(options.seed), STREAM)
     for step in range(options.extensions):
         rng = [
@@ -99,63 +85,14 @@ def extend(
         ]
         chosen = [int(one.integers(len(ids))) if end else -1 for one, end in zip(rng, ended)]
         thought = [row[:-1] + ids[c] if c >= 0 else row for row, c in zip(thought, chosen)]
-        on_device = rows.then(thought, pad, settings.tokenizer.pad_id)
-        key = sharding.put(jax.random.fold_in(start, step))
-        sampled = rollout.sample(settings.model, config, params, on_device, key, schedule, 0, poll)
-        new, forks, answers = sharding.local_rows(sampled[:3])
+        key = jax.random.fold_in(start, step)
+        new, forks, answers = continuing.sample(
+            settings, config, params, rows, thought, pad, options.extension_tokens, key, poll
+        )
         word = [options.extension_words[c] if c >= 0 else "" for c in chosen]
-        found.append(Extension(thought, word, over, new, forks, answers))
+        before = np.array([*map(len, thought)], np.int32)
+        found.append(Extension(before, before, word, over, new, forks, answers))
         went_on = zip(thought, over, new.tokens, new.length)
         thought = [row if done else row + more[:size].tolist() for row, done, more, size in went_on]
         ended, over = new.ended & ~over, over | new.eos
     return found
-
-
-def take(extension: Extension, rows: np.ndarray) -> Extension:
-    """Some of the rows."""
-    pick = lambda x: [x[i] for i in rows]  # noqa: E731
-    arrays = extension.over, extension.traces, extension.forks, extension.answers
-    return Extension(pick(extension.before), pick(extension.word), *jax.tree.map(lambda x: x[rows], arrays))
-
-
-def lines_with(lines: list[dict], extensions: list[tuple[Extension, list[dict]]]) -> list[dict]:
-    """The lines of N traces with the list `extensions`: one object for each, with `word` and the text that follows it.
-
-    extensions: each with the lines of its continuations, as `completions.lines` makes them. A trace that is over keeps
-    its length and its last answers.
-    """
-    for extension, continued in extensions:
-        for n, (line, more) in enumerate(zip(lines, continued)):
-            before = line.setdefault("extensions", [])
-            if extension.over[n]:
-                last = before[-1] if before else _end(line)
-                before.append(last | {"word": "", "text": "", "sampled": 0})
-            else:
-                new = {name: more[name] for name in ("ended", "eos", "text")}
-                new |= {"inserted": more["inserted"][0], "answers": more["answers"][0], "sampled": more["tokens"]}
-                before.append(new | {"word": extension.word[n], "tokens": len(extension.before[n]) + more["tokens"]})
-    return lines
-
-
-def _end(line: dict) -> dict:
-    """A trace's end, before any extension, in the form of an extension."""
-    last = {"inserted": line["inserted"][-1], "answers": line["answers"][-1]}
-    return last | {name: line[name] for name in ("ended", "eos", "tokens")}
-
-
-def sampled(lines: Sequence[dict]) -> int:
-    """Tokens of all continuations and their answers, without what was inserted."""
-    new = [extension for line in lines for extension in line["extensions"] if extension["sampled"]]
-    return sum(x["sampled"] + sum(answer["tokens"] for answer in x["answers"]) for x in new)
-
-
-def columns(lines: Sequence[dict]) -> completions.Columns:
-    """The lines as arrays whose columns are not budgets: the trace at its end, then after each extension."""
-    return completions.columns([_by_extension(line) for line in lines])
-
-
-def _by_extension(line: dict) -> dict:
-    states = [_end(line), *line["extensions"]]
-    told = {"forks": "tokens", "inserted": "inserted", "answers": "answers"}
-    by_state = {name: [state[key] for state in states] for name, key in told.items()}
-    return line | by_state | {"tokens": states[-1]["tokens"], "ended": states[-1]["ended"]}

@@ -31,6 +31,11 @@ FIELDS = (
     *("seed", "warm_start_seed", "tokens", "seconds", "config_hash", "commit", "versions", "spent", "regret_tokens"),
 )
 
+BEYOND = {  # what results.json has of thinking after the last budget
+    "extrapolation": "thinking made to go on",
+    "linearised": "linearised thinking going on",
+}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -387,9 +392,10 @@ def by_tokens(run: Run):
     lines += [(f"fork_maj@{k}", f"fork_maj_tokens@{k}", f"majority of {k} answers") for k in votes]
     for accuracy, tokens, label in lines:
         _band(axis, run.results, run.results[tokens], accuracy, 100, f"{label} (95% band)")
-    if "extrapolation" in run.results:
-        found = run.results["extrapolation"]
-        _band(axis, found, found["spent"], "accuracy", 100, "thinking made to go on (95% band)")
+    for name, label in BEYOND.items():
+        if name in run.results:
+            found = run.results[name]
+            _band(axis, found, found["spent"], "accuracy", 100, f"{label} (95% band)")
     axis.set_xlabel("tokens of prompt, thinking and answers")
     axis.set_ylabel("accuracy (%)")
     axis.legend(frameon=False)

@@ -244,7 +244,7 @@ def summarize(
 
 
 def extrapolation(sets: dict[str, Evaluation], seed: int) -> dict:
-    """Accuracy when thinking goes on: lists over the trace's end and each extension, with intervals.
+    """Accuracy when thinking goes on: lists over the trace's end and each extension or round, with intervals.
 
     accuracy; gain, what it is above the trace's end; thinking, its tokens with the words inserted; spent, these with
     prompt, insertion and one answer; formatted. The mean over sets at the top, each under `sets`.

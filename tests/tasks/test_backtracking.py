@@ -61,6 +61,28 @@ def test_episodes_begin_at_backtracks():
 
 
 @pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Node 1: a\n\nNode 2: b\n\nBacktrack to Line 1\n\nNode 2: c", "Node 1: a\n\nNode 2: c"),
+        ("Node 1: a\n\nNode 2: b\n\nBacktrack to Line 1", None),  # 1, or 12?
+        ("Node 1: a\n\nBacktrack to beginning", None),  # of what?
+        ("Node 1: a\n\nBacktrack to beginning\n\n", ""),
+        ("Node 1: a\n\nNode 2: b\n\nBacktrack to Li", None),
+        (
+            "Node 1: a\n\nBacktrack to beginning\n\nNode 1: b\n\nNode 2: c\n\nBacktrack to Line 1",
+            "Node 1: b\n\nNode 2: c\n\nBacktrack to Line 1",
+        ),
+        ("Node 1: a\n\nBacktrack to Line 7\n\nNode 2: b", None),  # there is no line 7
+        ("Node 2: a\n\nBacktrack to beginning\n\n", None),
+        ("no step at all", None),
+    ],
+)
+def test_texts_that_go_on(text, left):
+    """None: as it is."""
+    assert backtracking.linearise_unfinished(text) == (text if left is None else left)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("Node 1: a\n\nNode 3: b", "'Node 3: ' at character 11: the next line is 2"),

@@ -76,6 +76,18 @@ def linearise(text: str) -> str:
     return "".join(kept)
 
 
+def linearise_unfinished(text: str) -> str:
+    """`linearise` of a text that may go on: a backtrack at its very end stays, as its line may be one of more digits.
+
+    A text with a node out of order, or a backtrack to a line that is not there, stays as it is.
+    """
+    end = next((found.start() for found in _BACK.finditer(text) if found.end() == len(text)), len(text))
+    try:
+        return linearise(text[:end]) + text[end:]
+    except ValueError:
+        return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Backtracks:
     """The rule of episodes: every backtrack opens one, up to `most` episodes; see `tasks.episodes.Rule`."""
