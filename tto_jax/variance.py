@@ -171,6 +171,8 @@ def residuals(studies: Sequence[Study]):
             line = "--" if name in ("group", "brpo") else "-"
             axis.plot(at, value, marker="o", markersize=3.5, label=TITLES[name], color=f"C{i}", linestyle=line)
             axis.fill_between(at, low, high, alpha=0.12, linewidth=0, color=f"C{i}")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(at, map(str, columns))
         axis.set_xlabel("end of the block")
         axis.set_title(title if len(members) == 1 else f"{title} ({len(members)} runs)")
