@@ -22,6 +22,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
     "tto_jax.sharding": 2,
     "tto_jax.rollout": 3,
     "tto_jax.buckets": 2,
+    "tto_jax.objectives": 3,
     "tto_jax.learner": 3,
     **dict.fromkeys((f"tto_jax.{name}" for name in ("tokenizer", "grading", "data", "checkpoint", "metrics")), 4),
     **dict.fromkeys((f"tto_jax.{name}" for name in ("evaluation", "diagnostics", "settings", "warm_start", "host")), 4),
