@@ -147,7 +147,7 @@ def differences(one: Path, other: Path) -> list[str]:
     from tto_jax import checkpoint, learner, metrics, settings
 
     plan = settings.build(ConfigDict(json.loads((one / "config.json").read_text())))
-    like, ends = learner.abstract_state(plan.model, plan.optimizer), []
+    like, ends = learner.abstract_state(plan.model, plan.optimizer, plan.prefix is not None), []
     for workdir in (one, other):
         with checkpoint.Checkpointer(workdir / "checkpoints", keep=1000) as saved:
             ends.append(saved.restore_latest(like))

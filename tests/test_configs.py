@@ -368,6 +368,21 @@ def test_grpo_beside_mrt():
         parsed(f"{MRT}:star")
 
 
+@pytest.mark.parametrize("form", ["termination", "joint", "explicit"])
+def test_prefixes_of_mrt(form):
+    """Episodes of the policy of some steps ago; room for them in prompts and rows."""
+    _, plan = planned(f"{MRT}:{form}")
+    assert (plan.credit.estimator.kind, plan.credit.start) == (f"mrt_{form}", True)
+    assert (plan.prefix.every, plan.prefix.tokens, plan.context_pad) == (20, 8192, 4096 + 8192)
+    assert plan.prefix.episodes.text_rule.group == 5 and plan.prompt_pad == 4096
+    columns, answers = (3, 4) if form == "explicit" else (2, 1)
+    assert (plan.columns, plan.rollout.answers) == (columns, answers)
+    inserted = plan.rollout.forced_pad
+    row = plan.context_pad + plan.rollout.trace_pad + columns * answers * (inserted + 1024)
+    assert plan.row_length == row
+    assert f"{plan.kv_bytes() / 1e9:.1f}" in header(MRT)
+
+
 # name: estimator, discount, weights of progress, start, decay of the fitted baseline, cuts
 MRT_VARIANTS = {
     "mrt_online": ("mrt", 1.0, "tail", False, 0.0, "episodes"),
@@ -376,6 +391,9 @@ MRT_VARIANTS = {
     "progress_gae_1": ("progress_gae", 1.0, "tail", True, 0.0, "budgets"),
     "potential": ("progress_gae", 1.0, "ones", True, 0.0, "budgets"),
     "regression": ("brpo", 1.0, "tail", False, 0.9, "budgets"),
+    "mrt_termination": ("mrt_termination", 1.0, "tail", True, 0.0, "budgets"),
+    "mrt_joint": ("mrt_joint", 1.0, "tail", True, 0.0, "budgets"),
+    "mrt_explicit": ("mrt_explicit", 1.0, "tail", True, 0.0, "episodes"),
 }
 
 
@@ -389,5 +407,12 @@ def test_variants_of_the_embedded_experiments(file, variant):
     assert (plan.credit.start, plan.credit.baseline_fit) == (start, fit)
     assert estimator.leave_one_out == (variant == "regression")
     assert (plan.episodes is not None) == (cuts == "episodes")
-    if cuts == "episodes":
+    assert (plan.prefix is not None) == variant.startswith(("mrt_t", "mrt_j", "mrt_e"))
+    if plan.prefix:
+        assert (plan.prefix.every, plan.prefix.tokens) == (20, {"peak": 18, "chain": 36}[file])
+        assert plan.prefix.episodes.size == 4, "three episodes, and what follows them"
+        # Answers at once, and traces that go on.
+        assert plan.rollout.answers == (4 if variant == "mrt_explicit" else 1)
+        assert plan.columns == plan.schedule.size + 1 == (3 if variant == "mrt_explicit" else 2)
+    elif cuts == "episodes":
         assert plan.columns == {"peak": 4, "chain": 6}[file] and plan.schedule.weights[-1] == 1

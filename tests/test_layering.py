@@ -54,6 +54,7 @@ FLOORS = {  # a module's floor is that of the longest name that it starts with
                 "linearised",
                 "token_efficiency",
                 "variants",
+                "prefixes",
                 "problem_sets",
                 "reference_values",
                 "resampling",

@@ -250,6 +250,38 @@ MISUSES = (
     ),
     option("a margin of all budgets", "credit.overlong_margin=90", "credit.overlong_margin=90", "last budget", "24"),
     option("fewer rollouts than one", "rollout.resample=-1", "rollout.resample=-1", "beside the first", "2"),
+    # Prefixes.
+    option("copies of the policy that are never made", "prefix.every=-1", "prefix.every=-1", "0 for no prefixes", "20"),
+    option(
+        "a prefix of the longest trace",
+        "prefix.every=20 prefix.tokens=24",
+        *("prefix.tokens=24", "1 to 23", "below the last budget"),
+    ),
+    option(
+        "a rule of prefixes that does not exist",
+        "prefix.every=20 prefix.rule=sentences",
+        *("prefix.rule='sentences'", UNKNOWN, "'blocks'"),
+    ),
+    option(
+        "a prefix without an episode",
+        "prefix.every=20 prefix.rule=blocks episodes.block=19",
+        *("prefix.tokens=18", "episodes.block=19", "1 to 18"),
+    ),
+    option(
+        "a prefix before every budget",
+        "prefix.every=20 prefix.rule=budgets prefix.tokens=5",
+        *("prefix.tokens=5", "(6, 12, 18, 24)", "at least 6", "'delimiters'"),
+    ),
+    option(
+        "a prefix beyond the context",
+        "prefix.every=20 model.max_position=60",
+        *("budgets.tokens=(6, 12, 18, 24)", "prefix", "model.max_position=60", "at most 13"),
+    ),
+    option(
+        "prefixes of problems that are replaced",
+        "rollout.resample=2 prefix.every=20",
+        *("rollout.resample=2", "prefix.every=20", "choose 0"),
+    ),
     # The update.
     option(
         "minibatches that do not divide",
