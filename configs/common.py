@@ -142,6 +142,9 @@ def algorithm(variant: str, name: str, budgets: tuple[int, ...]) -> ConfigDict:
             "mesh": (1, 1, 1),  # devices along data, fsdp, tensor; -1: the rest of them
             "budgets": {
                 "tokens": budgets if all_budgets else budgets[-1:],
+                "spacing": "given",  # or uniform, exponential: `count` budgets up to the last of `tokens`
+                "count": 0,  # of budgets that are spaced
+                "ratio": 2.0,  # of each budget to the one before, where spacing is exponential
                 "prior": prior,
                 "sampled": False,  # all but the last one are drawn anew at every step, below it
             },

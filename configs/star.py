@@ -32,7 +32,7 @@ def get_config(variant: str = "peak") -> ConfigDict:
             f"variant {variant!r}: choose one of {tuple(TASKS)}, then perhaps one of {tuple(CRITERIA)}, and for peak "
             "and chain perhaps `fast`, with commas"
         )
-    config = TASKS[task].get_config("mrt,fast" if "fast" in more else "mrt").copy_and_resolve_references()
+    config = TASKS[task].get_config("mrt,fast" if "fast" in more else "mrt")
     config.unlock()
     config.variant = {"mrt": "mrt_star", "plain": "star"}[methods[0]]
     config.steps = 3  # iterations

@@ -14,7 +14,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from tto_jax import settings
+from configs import common, mrt_r1_qwen_1p5b, r1, star
+from tto_jax import settings, train
+from tto_jax import star as star_page
 from tto_jax.core import budgets, credit
 from tto_jax.models import decoder
 
@@ -303,6 +305,20 @@ def test_overrides():
     assert (config.learner.clip_low, plan.loss.clip_high) == (0.2, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        (("spacing=exponential", "count=4"), (1000, 2000, 4000, 8000)),
+        (("spacing=exponential", "count=3", "ratio=1.25"), (5120, 6400, 8000)),
+        (("spacing=uniform", "count=5", "tokens=(10000,)"), (2000, 4000, 6000, 8000, 10_000)),
+    ],
+)
+def test_spaced_budgets(options, tokens):
+    _, plan = planned(f"{BRPO_8K}:linear", *(f"--config.budgets.{option}" for option in options))
+    assert tuple(plan.schedule.tokens.tolist()) == tokens and plan.rollout.trace_pad == tokens[-1]
+    assert plan.schedule.weights.tolist() == pytest.approx([b / sum(tokens) for b in tokens])
+
+
 @each_file
 def test_unknown_options_are_refused(file):
     with pytest.raises((AttributeError, KeyError, flags.Error), match=r"Did you mean.*clip_high"):
@@ -416,3 +432,34 @@ def test_variants_of_the_embedded_experiments(file, variant):
         assert plan.columns == plan.schedule.size + 1 == (3 if variant == "mrt_explicit" else 2)
     elif cuts == "episodes":
         assert plan.columns == {"peak": 4, "chain": 6}[file] and plan.schedule.weights[-1] == 1
+
+
+# ---------------------------------------------------------------- every experiment
+
+
+SIZES = tuple(f"--config.model.{name}={size}" for name, size in r1.MODELS["1p5b"].items())  # `init` gives them else
+EXPERIMENTS = {
+    **{f"{file}:{variant}": train for file in ("peak", "chain") for variant in common.ALGORITHMS},
+    **{f"math:{variant}": train for variant in common.ALGORITHMS},
+    **{f"{MRT}:{variant}": train for variant in mrt_r1_qwen_1p5b.VARIANTS},
+    **{f"star:{task},{method}": star_page for task in star.TASKS for method in star.CRITERIA},
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_can_be_planned(experiment):
+    """What `--dry_run` does, but for the process: the configuration as read, its settings, what is printed."""
+    variant = experiment.partition(":")[2]
+    named = {"mrt": "mrt_star", "plain": "star"}
+    page, sizes = EXPERIMENTS[experiment], SIZES if "math" in experiment else ()
+    config = parsed(experiment, *sizes)
+    plan = (settings if page is train else page).build(config, need_model=False)
+    assert len(page.describe(plan).splitlines()) > 5
+    assert config.variant == (variant if page is train else named[variant.partition(",")[2]])
+
+
+def test_dry_run_of_star():
+    command = [sys.executable, "-m", "tto_jax.star", "--config=configs/star.py:math,mrt", "--dry_run", *SIZES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "before thinking and at episode_1, " in done.stdout and "criterion='best'" in done.stdout

@@ -178,6 +178,28 @@ MISUSES = (
         "budgets.tokens=(6,12,200)",
         *("budgets.tokens=(6, 12, 200)", "model.max_position=128", "at most 99"),
     ),
+    option(
+        "a spacing that does not exist",
+        "budgets.spacing=log",
+        *("budgets.spacing='log'", UNKNOWN, "'uniform'", "'exponential'"),
+    ),
+    option("a number of budgets that are given", "budgets.count=4", "budgets.count=4", "'given'", "'uniform'"),
+    option("a spacing of no budgets", "budgets.spacing=uniform", "budgets.count=0", "last=24", "at least 1 budget"),
+    option(
+        "spaced budgets that fall together",
+        "budgets.spacing=exponential budgets.count=9",
+        *("budgets.count=9", "last=24", "choose fewer"),
+    ),
+    option(
+        "budgets that do not grow",
+        "budgets.spacing=exponential budgets.count=2 budgets.ratio=1.0",
+        *("ratio=1.0", "above 1"),
+    ),
+    option(
+        "a spacing without a last budget",
+        "budgets.spacing=uniform budgets.count=2 budgets.tokens=()",
+        *("budgets.tokens=()", "'uniform'", "last budget"),
+    ),
     option("a prior that does not exist", "budgets.prior=quadratic", "prior='quadratic'", UNKNOWN, "'linear'"),
     written(
         "a weight too few in the prior",

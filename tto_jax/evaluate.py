@@ -234,7 +234,8 @@ def requested() -> Subject:
         config.mesh = mesh_flag()
     if workdir is None:  # nothing is trained: training's budgets must not have to fit the model
         with config.budgets.ignore_type():
-            config.budgets.update({"tokens": tuple(config.evaluation.budgets), "prior": "uniform"})
+            given = {"tokens": tuple(config.evaluation.budgets), "prior": "uniform", "spacing": "given", "count": 0}
+            config.budgets.update(given)
     return Subject(config, hashed, variant, workdir)
 
 
@@ -277,7 +278,7 @@ def of_training(config: ConfigDict) -> dict:
     """What a step of training samples, as options of an evaluation."""
     rollout = config.rollout
     found = {"traces": rollout.group_size, "answers": rollout.answers, "temperature": rollout.temperature}
-    return found | {"budgets": tuple(config.budgets.tokens), "forks": config.episodes.rule}
+    return found | {"budgets": settings.budget_tokens(config.budgets), "forks": config.episodes.rule}
 
 
 def mesh_of(plan: settings.Settings) -> jax.sharding.Mesh | None:

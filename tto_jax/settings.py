@@ -25,6 +25,7 @@ from tto_jax.rollout import Cuts, RolloutConfig
 from tto_jax.tasks import Task
 from tto_jax.tokenizer import Tokenizer
 
+SPACINGS = ("given", "uniform", "exponential")
 BUDGETS = 0xB0D6  # keeps the keys of drawn budgets apart from those of rollouts
 ANSWER_WEIGHTS = ("code", "paper")
 VALUES = ("scores", "reference")
@@ -260,13 +261,14 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
             "to train on; choose 1.0"
         )
     task, tokenizer, model = inputs.resolve(config, need_model)
-    schedule = BudgetSchedule.from_prior(config.budgets.tokens, config.budgets.prior)
-    cut_by = episodes.of_section(config.episodes.to_dict(), tokenizer, int(config.budgets.tokens[-1]))
+    tokens = budget_tokens(config.budgets)
+    schedule = BudgetSchedule.from_prior(tokens, config.budgets.prior)
+    cut_by = episodes.of_section(config.episodes.to_dict(), tokenizer, int(tokens[-1]))
     if cut_by is not None:
         schedule = _episode_prior(config.budgets.prior, cut_by.size)
     rollout = RolloutConfig(
         group_size=config.rollout.group_size,
-        trace_pad=int(config.budgets.tokens[-1]),
+        trace_pad=int(tokens[-1]),
         answers=config.rollout.answers,
         answer_cap=task.max_answer_tokens,
         think_end=tokenizer.think_end_id,
@@ -320,6 +322,28 @@ def build(config: ml_collections.ConfigDict, *, need_model: bool = True) -> Sett
     return settings
 
 
+def budget_tokens(section) -> tuple[int, ...]:
+    """The budgets of a configuration's section `budgets`, as given or spaced up to the last one that is given.
+
+    Raises ValueError for an unknown spacing, and for numbers that do not go with it.
+    """
+    spacing, count, tokens = section.spacing, section.count, tuple(section.tokens)
+    if spacing not in SPACINGS:
+        raise ValueError(f"budgets.spacing={spacing!r} is unknown: choose one of {SPACINGS}")
+    if spacing == "given":
+        if count:
+            raise ValueError(f"budgets.count={count} with spacing 'given': choose 0, or one of {SPACINGS[1:]}")
+        return tokens
+    if not tokens:
+        raise ValueError(f"budgets.tokens=() with spacing {spacing!r}: give the last budget, such as (8000,)")
+    try:
+        if spacing == "uniform":
+            return budgets.uniform(tokens[-1], count)
+        return budgets.exponential(tokens[-1], count, section.ratio)
+    except ValueError as error:
+        raise ValueError(f"budgets.spacing={spacing!r}, budgets.count={count}: {error}") from error
+
+
 def _episode_prior(prior, size) -> BudgetSchedule:
     """Over S episodes, which have no tokens to be weighted by."""
     if isinstance(prior, str):
@@ -337,7 +361,7 @@ def _prefix(config, tokenizer) -> PrefixConfig | None:
         raise ValueError(f"prefix.every={every}: steps between two copies of the policy, 0 for no prefixes; choose 20")
     if not every:
         return None
-    budgets = tuple(config.budgets.tokens)
+    budgets = budget_tokens(config.budgets)
     if not 1 <= tokens < budgets[-1]:
         raise ValueError(f"prefix.tokens={tokens}: choose 1 to {budgets[-1] - 1} tokens, below the last budget")
     try:
@@ -435,7 +459,7 @@ def _check(settings: Settings, config) -> None:
         )
     if not inputs.is_pretrained(config):
         _check_warm_start(config, settings)
-    _check_context("budgets.tokens", settings, tuple(config.budgets.tokens), settings.context_pad)
+    _check_context("budgets.tokens", settings, budget_tokens(config.budgets), settings.context_pad)
     _check_context("evaluation.budgets", settings, tuple(config.evaluation.budgets), settings.prompt_pad)
 
 

@@ -98,6 +98,21 @@ def test_exponential_budgets():
     assert budgets.exponential(7, 1) == (7,)
 
 
+def test_uniform_budgets():
+    assert budgets.uniform(8000, 4) == (2000, 4000, 6000, 8000)
+    assert budgets.uniform(10, 3) == (3, 7, 10) and budgets.uniform(5, 5) == (1, 2, 3, 4, 5)
+    for last in range(1, 40):
+        for size in range(1, last + 1):
+            found = budgets.uniform(last, size)
+            assert len(set(found)) == size and found[-1] == last and sorted(found) == list(found)
+
+
+@pytest.mark.parametrize("given", [(8, 0), (8, 9), (0, 1)])
+def test_uniform_budgets_that_cannot_be(given):
+    with pytest.raises(ValueError, match=rf"last={given[0]}, size={given[1]}: at least 1 budget"):
+        budgets.uniform(*given)
+
+
 @pytest.mark.parametrize("given", [(8, 5, 2.0), (8, 0, 2.0), (8, 2, 1.0), (3, 3, 1.1)])
 def test_exponential_budgets_that_cannot_be(given):
     with pytest.raises(ValueError, match=r"above 1|fewer budgets"):

@@ -74,6 +74,16 @@ def exponential(last: int, size: int, ratio: float = 2.0) -> tuple[int, ...]:
     return found
 
 
+def uniform(last: int, size: int) -> tuple[int, ...]:
+    """S budgets up to `last` tokens at even distances: 2000, 4000, 6000, 8000.
+
+    Raises ValueError for budgets that would fall together.
+    """
+    if not 1 <= size <= last:
+        raise ValueError(f"last={last}, size={size}: at least 1 budget, and at most one a token")
+    return tuple(round(last * k / size) for k in range(1, size + 1))
+
+
 def draw(key: Array, schedule: BudgetSchedule, last: int) -> BudgetSchedule:
     """Budgets for one step: the last one stays, the S - 1 before it are drawn below it; weights stay with the columns.
 
