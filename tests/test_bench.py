@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tto_jax import bench
-from tto_jax.bench import credit, grading, iteration, limits, models, page, rollout, threads, timing
+from tto_jax.bench import credit, grading, iteration, limits, models, page, rollout, threads, timing, update
 from tto_jax.core.budgets import BudgetSchedule, forks_at_budgets
 
 GIVEN = ["--peak_flops=1e11", "--peak_bandwidth=1e10"]  # not measured anew in every test
@@ -236,12 +236,29 @@ def test_transformers_beside_ours(tmp_path):
 
 
 @pytest.mark.slow
-def test_tunix_beside_ours(tmp_path):
-    """A peer of the update, where it is installed: the same log-probs from the same weights."""
-    pytest.importorskip("tunix")
-    ours, theirs = run(tmp_path, "update", "--peer=tunix", "--repeat=2")
-    assert (ours["name"], theirs["name"]) == ("tto_jax", "tunix")
+@pytest.mark.parametrize("peer", update.PEERS)
+def test_a_peer_of_the_update_beside_ours(tmp_path, peer):
+    """Where it is installed: the same log-probs, loss and norm of the gradient from the same weights."""
+    pytest.importorskip(peer)
+    ours, theirs = run(tmp_path, "update", f"--peer={peer}", "--repeat=2")
+    assert (ours["name"], theirs["name"]) == ("tto_jax", peer)
     assert ours["difference"] < 1e-4 and theirs["tokens"] == ours["tokens"]
+    assert ours["ratios"] == {f"times faster than {peer}": theirs["median_s"] / ours["median_s"]}
+
+
+def test_rows_of_a_peers_micro_batch():
+    shape = update.SHAPES["tiny"]  # rows of 384 tokens
+    for tokens, wanted in ((100, 1), (384, 1), (768, 2), (384 * 4, 4), (384 * 8 - 1, 1), (384 * 100, 4)):
+        assert update.micro_rows(dataclasses.replace(shape, rows=12, micro_tokens=tokens)) == wanted
+
+
+def test_a_peer_whose_step_differs_is_found():
+    """By its loss, as a share of the objective's scale, or by the norm of its gradient, as a share of ours."""
+    ours = {"loss": 0.5, "grad_norm": 4.0}
+    assert update.step_difference({"cpu_s": 1.0, **ours}, ours, 2.0) == 0
+    assert update.step_difference({**ours, "loss": 0.75}, ours, 2.0) == 0.125
+    assert update.step_difference({**ours, "grad_norm": 3.0}, ours, 2.0) == 0.25
+    assert update.step_difference({}, ours, 2.0) == update.step_difference(ours, {}, 2.0) == 0
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ OVERRIDES = {  # flags that change a field of the shape
 }
 OPTIONS = {
     "hf": "a checkpoint directory instead of the shape's model",
-    "peer": "a library to measure in the same run: transformers in a rollout, tunix in an update",
+    "peer": "a library to measure in the same run: transformers in a rollout, tunix or trl in an update",
     "implementation": "of the kernel, names with commas between; default: its default, and the reference where it fits",
     "attention": "implementation of tree_attention",
     "logprobs": "implementation of token_logprobs",

@@ -34,7 +34,7 @@ class Peer:
         self._said = open(Path(self._folder.name) / "said", "w+")  # noqa: SIM115
         self._process = subprocess.Popen(command, **pipes, stderr=self._said, text=True, env=_environment(platform))
         self.versions: dict[str, str] = {}
-        self._cpu = 0.0
+        self.last: dict[str, float] = {}  # its answer to the last `work`: its CPU seconds, and what it found
 
     def __enter__(self) -> "Peer":
         try:
@@ -52,11 +52,11 @@ class Peer:
 
     def work(self) -> None:
         """Does once what is measured."""
-        self._cpu = self._ask({"do": "work"})["cpu_s"]
+        self.last = self._ask({"do": "work"})
 
     def clock(self) -> float:
         """CPU seconds of the process, up to the end of its last `work`."""
-        return self._cpu
+        return self.last.get("cpu_s", 0.0)
 
     def reset(self) -> None:
         """The peak begins at what is held now."""

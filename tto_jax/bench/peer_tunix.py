@@ -72,8 +72,8 @@ def load(flags, arrays):
 
     def work():
         with mesh:
-            jax.block_until_ready((step(example), jax.tree.leaves(nnx.state(model))))
-        return {"cpu_s": time.process_time()}
+            (loss, _, norm), _ = jax.block_until_ready((step(example), jax.tree.leaves(nnx.state(model))))
+        return {"cpu_s": time.process_time(), "loss": float(loss), "grad_norm": float(norm)}
 
     def logprobs(tokens):
         tokens = jnp.asarray(np.load(tokens))

@@ -7,6 +7,7 @@ buckets of lengths beside all rows at the longest.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -27,7 +28,7 @@ from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.models.config import ModelConfig
 
 TAKES = ("hf", "attention", "logprobs", "peer", "only")
-PEERS = ("tunix",)
+PEERS = ("tunix", "trl")
 OURS, FLATTENED, ONE_BUCKET = "tto_jax", "flattened", "one bucket"
 # So small a rate that the parameters stay what they are up to rounding: the flattened side takes a step for every
 # length, and the objectives of both sides must agree.
@@ -82,6 +83,7 @@ class Learner:
 
     def __init__(self, model: ModelConfig, params):
         self._model, self._state = model, learner.init_state(params, OPTIMIZER)
+        self.last: dict[str, float] = {}  # of its last optimizer step: `loss` and `grad_norm`, before the clip
 
     def update(self, batches: Batches) -> float:
         """An optimizer step a batch; the sum of their losses, once all is done."""
@@ -90,6 +92,7 @@ class Learner:
             self._state, metrics = learner.train_step(self._model, config, OPTIMIZER, self._state, rows)
             losses.append(metrics["loss/total"])
         jax.block_until_ready(self._state)
+        self.last = {"loss": float(losses[-1]), "grad_norm": float(metrics["update/grad_norm"])}
         return float(sum(losses))
 
     def score(self, batches: Batches) -> list[jax.Array]:
@@ -104,7 +107,7 @@ def run(shape: Shape, options: Options) -> Result:
     The flattened side has the same trained tokens: S A rows of prompt, trace up to the fork and one answer, those of
     one length together, without padding; it takes S + 1 optimizer steps, which is its only disadvantage beside the
     repeated trunks. The objectives of both sides are compared. A peer takes a GRPO step on plain rows with the same
-    weights; its log-probs and ours are compared.
+    weights; its log-probs, its loss and the norm of its gradient are compared with ours.
     """
     check(shape, options)
     loaded = models.find(shape.model, shape.dtype, shape.remat, options.hf)
@@ -124,8 +127,13 @@ def run(shape: Shape, options: Options) -> Result:
             sides.append(Side(options.peer, peer.work, work[OURS], trained, peer.clock, peer))
         wanted = chosen(sides, options)
         found = measure(wanted, shape.repeat)
-        difference = 0.0 if peer is None else peer_difference(peer, rows, state.score(batches[OURS])[0], sizes)
-    scale = float(jnp.abs(jnp.where(rows.loss_mask, rows.advantage, 0)).sum()) / constant(sizes)
+        scale = float(jnp.abs(jnp.where(rows.loss_mask, rows.advantage, 0)).sum()) / constant(sizes)
+        difference = 0.0
+        if peer is not None:
+            difference = max(
+                peer_difference(peer, rows, state.score(batches[OURS])[0], sizes),
+                step_difference(peer.last, state.last, scale),
+            )
     ours = [side for side in wanted if side.name in batches]
     objectives = [side.call() for side in ours] if len(ours) > 1 else [0.0]
     difference = max(difference, (max(objectives) - min(objectives)) / scale)
@@ -150,6 +158,8 @@ def peer_of(loaded: Loaded, rows: TokenTree, shape: Shape, options: Options) -> 
     arrays = {"tokens": rows.tokens, "advantage": rows.advantage[:, -1], "old_logprob": rows.old_logprob[:, -new:]}
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
     given = {"dtype": shape.dtype, "remat": shape.remat}
+    if options.peer == "trl":  # Tunix's step takes all rows at once
+        given["micro_rows"] = micro_rows(shape)
     with (
         models.exported(loaded, loaded.params()) as directory,
         Peer(options.peer, arrays, jax.default_backend(), model=directory, **given) as peer,
@@ -157,9 +167,25 @@ def peer_of(loaded: Loaded, rows: TokenTree, shape: Shape, options: Options) -> 
         yield peer
 
 
+def micro_rows(shape: Shape) -> int:
+    """Rows whose gradient a peer computes at a time: no more than `micro_tokens` allows, in parts of one size."""
+    return math.gcd(shape.rows, max(shape.micro_tokens // shape.sizes.length, 1))
+
+
 def peer_difference(peer: Peer, rows: TokenTree, ours: jax.Array, sizes: Sizes) -> float:
     """Largest difference of our log-probs of trained tokens from the peer's; `ours` is f32[N,L]."""
     return float(np.abs(peer.logprobs(np.asarray(rows.tokens)) - np.asarray(ours)[:, -sizes.trace :]).max())
+
+
+def step_difference(theirs: dict[str, float], ours: dict[str, float], scale: float) -> float:
+    """Largest difference of a step's loss, as a share of `scale`, and of its gradient's norm, as a share of ours.
+
+    0 if not both were measured.
+    """
+    if not (theirs and ours):
+        return 0.0
+    apart = {name: abs(theirs[name] - ours[name]) for name in ("loss", "grad_norm")}
+    return max(apart["loss"] / scale, apart["grad_norm"] / ours["grad_norm"])
 
 
 def notes(model: ModelConfig, sizes: Sizes) -> dict:
