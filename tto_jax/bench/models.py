@@ -7,7 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from tto_jax import pretrained
+from tto_jax.kernels import branch_decode
 from tto_jax.models import decoder, hf_config, hf_weights
 from tto_jax.models.config import ModelConfig
 from tto_jax.models.decoder import Params
@@ -49,12 +52,13 @@ class Loaded:
 
 
 def find(name: str, dtype: str, remat: str = "none", hf: str | None = None) -> Loaded:
-    """A model by name or, if given, the one in the directory `hf`. Raises ValueError for an unknown name."""
+    """A model by name or the one in the directory `hf`, with the platform's kernels. ValueError for an unknown name."""
+    kernel = {"branch_decode": branch_decode.choose(jax.default_backend())}
     if hf:
-        return Loaded(pretrained.find(hf).model_config(dtype, remat), hf)
+        return Loaded(dataclasses.replace(pretrained.find(hf).model_config(dtype, remat), **kernel), hf)
     if name not in MODELS:
         raise ValueError(f"--model={name!r} is unknown: choose one of {tuple(MODELS)}, or give --hf=DIR")
-    return Loaded(dataclasses.replace(MODELS[name], dtype=dtype, remat=remat))
+    return Loaded(dataclasses.replace(MODELS[name], dtype=dtype, remat=remat, **kernel))
 
 
 @contextlib.contextmanager
@@ -64,7 +68,8 @@ def exported(loaded: Loaded, params: Params) -> Iterator[str]:
         yield loaded.path
         return
     with tempfile.TemporaryDirectory() as folder:
-        directory, model = Path(folder) / "model", loaded.config
+        directory = Path(folder) / "model"
+        model = dataclasses.replace(loaded.config, branch_decode=ModelConfig.branch_decode)  # no kernel is saved
         hf_weights.save(directory, model, params, dtype=model.dtype)
         (directory / "config.json").write_text(json.dumps(hf_config.to_hf(model, model.dtype)))
         del params  # the directory holds them now

@@ -14,7 +14,7 @@ class Options:
     hf: str | None = None  # a checkpoint directory instead of the shape's model
     peer: str | None = None  # another library, measured in the same run
     implementation: tuple[str, ...] = ()  # of a kernel; empty: the default and the reference
-    attention: str | None = None  # implementation of `tree_attention` in an update; None: the learner's default
+    attention: str | None = None  # implementation of `tree_attention` in an update; None: the platform's
     logprobs: str | None = None  # of `token_logprobs`
     only: tuple[str, ...] = ()  # sides to measure; empty: all
 

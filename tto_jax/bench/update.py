@@ -24,6 +24,7 @@ from tto_jax.bench.timing import Result, Side, measure, ratios_to
 from tto_jax.bench.trees import Sizes
 from tto_jax.core import token_tree
 from tto_jax.core.types import TokenTree
+from tto_jax.kernels import tree_attention
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.models.config import ModelConfig
 
@@ -233,7 +234,8 @@ def constant(sizes: Sizes) -> float:
 
 def loss_config(sizes: Sizes, micro_tokens: int, rows: TokenTree, trained: int, options: Options) -> LossConfig:
     """Options of the loss on rows, each of which trains so many tokens."""
-    kernels = {"attention": options.attention, "logprobs": options.logprobs}
+    attention = options.attention or tree_attention.choose(jax.default_backend())
+    kernels = {"attention": attention, "logprobs": options.logprobs}
     return LossConfig(
         num_targets=trained,
         num_states=rows.tokens.shape[1],
