@@ -13,8 +13,8 @@ from tto_jax.models.config import ModelConfig
 class Cache:
     """Keys and values of R rows with capacity C: an array a layer, so that each is read where it lies.
 
-    Arrays that a loop writes before it reads them are copied at every step by some compilers. Loops over tokens read
-    first, then write to a short cache of their own; the long one, which they only read, gets a block at a time.
+    Loops over tokens only read the long one, which gets a block at a time, and write to a short one of their own: in
+    place, as they write a token before they read.
     """
 
     k: tuple[Array, ...]  # of each layer [R, K, D, C]
@@ -39,9 +39,14 @@ class Cache:
 
     def write(self, slot: Array, new: "Cache") -> "Cache":
         """Store `new`, of R rows and capacity T, at slots [slot, slot + T) of every row. slot: i32[]."""
+        layers = (self.write_layer(layer, slot, k, v) for layer, (k, v) in enumerate(zip(new.k, new.v)))
+        keys, values = zip(*layers)
+        return Cache(k=keys, v=values)
+
+    def write_layer(self, layer: int, slot: Array, k: Array, v: Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer with k [R,K,D,T] and v [R,K,T,D] at slots [slot, slot + T) of every row."""
         at = jax.lax.dynamic_update_slice_in_dim
-        keys = tuple(at(long, short, slot, axis=3) for long, short in zip(self.k, new.k))
-        return Cache(k=keys, v=tuple(at(long, short, slot, axis=2) for long, short in zip(self.v, new.v)))
+        return at(self.k[layer], k, slot, axis=3), at(self.v[layer], v, slot, axis=2)
 
     def write_blocks(self, block: Array, new: "Cache") -> "Cache":
         """Store `new`, of R rows and capacity T, at slots [block T, block T + T) of each row. block: i32[R].

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tto_jax import sharding
 from tto_jax.core.types import Array, pytree
 from tto_jax.kernels import branch_decode
-from tto_jax.kernels.branch_decode import CachePart
+from tto_jax.kernels.branch_decode import CachePart, Interval
 from tto_jax.models import decoder
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
@@ -73,24 +73,39 @@ def _arranged(config, tree, of_layer: Callable, turned: Callable) -> Weights:
     )
 
 
+@pytree
+class Open:
+    """A short cache of R rows that is being filled: every row sees its slots before `slot`, and its new token there."""
+
+    cache: Cache
+    slot: Array  # i32[]
+
+
 def decode(
-    config: ModelConfig, weights: Weights, tokens: Array, position: Array, context: Sequence[Context] = ()
+    config: ModelConfig,
+    weights: Weights,
+    tokens: Array,
+    position: Array,
+    context: Sequence[Context] = (),
+    own: Open | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of T new tokens for each of R rows, which see the context and the new tokens before them.
 
     Args:
-      tokens, position: i32[R,T].
+      tokens, position: i32[R,T]; T is 1 where there is `own`.
       context: caches that are seen; their rows may be fewer: consecutive rows share one.
+      own: is seen, too, and the new token is stored there, before it is read: else XLA's CPU backend copies the cache
+        for every token.
 
     Returns:
-      hidden [R,T,M], and keys and values of the new tokens: R rows of capacity T.
+      hidden [R,T,M], and keys and values of the new tokens: R rows of capacity T; or `own`'s cache with them.
     """
     x = decoder.lookup(weights.embed, tokens)
     if weights.position_embed is not None:
         x = x + jnp.take(weights.position_embed, position, axis=0)
     x, keys, values = _columns(x), [], []
     for number, layer in enumerate(weights.layers):
-        mixed, k, v = _attention(config, layer, number, x, position, context)
+        mixed, k, v = _attention(config, layer, number, x, position, context, own)
         keys.append(k), values.append(v)
         x = x + mixed
         y = _norm(config, x, layer["mlp_norm"]["scale"])
@@ -131,8 +146,8 @@ def _norm(config, x, scale, axis=0):
     return (wide * (factor * scale)).astype(config.dtype)
 
 
-def _attention(config, layer, number, x, position, context):
-    """Columns [M, R*T] -> the same, and keys [R,K,D,T] and values [R,K,T,D]."""
+def _attention(config, layer, number, x, position, context, own):
+    """Columns [M, R*T] -> the same, and keys [R,K,D,T] and values [R,K,T,D], or all that are in `own` now."""
     weights, (rows, new) = layer["attention"], position.shape
     x = _norm(config, x, layer["attention_norm"]["scale"])
     heads = lambda y: y.T.reshape(rows, new, -1, config.head_dim)  # noqa: E731
@@ -143,8 +158,12 @@ def _attention(config, layer, number, x, position, context):
     if config.kv_copies > 1:
         k, v = (jnp.repeat(y, config.kv_copies, axis=2) for y in (k, v))
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    causal = jnp.broadcast_to(jnp.tri(new, dtype=bool), (rows, new, new))
-    parts = [part.cache.part(number, part.visible) for part in context] + [CachePart(k=k, v=v, visible=causal)]
+    if own is None:
+        visible = jnp.broadcast_to(jnp.tri(new, dtype=bool), (rows, new, new))
+    else:
+        k, v = own.cache.write_layer(number, own.slot, k, v)
+        visible = Interval(begin=jnp.zeros((rows, 1), jnp.int32), end=jnp.full((rows, 1), own.slot + 1))
+    parts = [part.cache.part(number, part.visible) for part in context] + [CachePart(k=k, v=v, visible=visible)]
     split, per_row = P(sharding.ROWS, "tensor"), P(sharding.ROWS)
     specs = [CachePart(k=split, v=split, visible=per_row) for _ in parts]
     local = lambda arrays, _axis: branch_decode.branch_decode(*arrays, config.branch_decode)  # noqa: E731

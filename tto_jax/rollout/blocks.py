@@ -13,7 +13,6 @@ from tto_jax import sharding
 from tto_jax.core import sampling
 from tto_jax.core.sampling import SampleConfig
 from tto_jax.core.types import Array, pytree
-from tto_jax.kernels.branch_decode import Interval
 from tto_jax.models import decoding
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
@@ -108,12 +107,11 @@ def decode_block(
         flow, block = carry
         i = block.steps
         flow, token, logprob = draw(model, weights, options, flow, drawn[i], stops, limit)
-        seen = Interval(begin=jnp.zeros((rows, 1), jnp.int32), end=jnp.full((rows, 1), i))
-        own = Context(cache=block.cache, visible=seen)
-        hidden, new = decoding.decode(model, weights, token[:, None], (position + i)[:, None], (*context, own))
+        own = decoding.Open(cache=block.cache, slot=i)
+        hidden, cache = decoding.decode(model, weights, token[:, None], (position + i)[:, None], context, own)
         flow = Flow(hidden=hidden[:, 0], length=flow.length, last=flow.last, done=flow.done)
         tokens, logprobs = block.tokens.at[i].set(token), block.logprob.at[i].set(logprob)
-        return flow, Block(tokens=tokens, logprob=logprobs, cache=block.cache.write(i, new), steps=i + 1)
+        return flow, Block(tokens=tokens, logprob=logprobs, cache=cache, steps=i + 1)
 
     running = lambda carry: (carry[1].steps < jnp.minimum(size, steps)) & ~jnp.all(carry[0].done)  # noqa: E731
     return jax.lax.while_loop(running, step, (flow, empty))
