@@ -32,15 +32,15 @@ run() { # NAME SEED: trains and evaluates the variant, or the warm start
   case "$name" in
     warm_start)
       .venv/bin/python -m tto_jax.train --config="configs/$TASK.py:grpo" --workdir="$WORKDIR/grpo-$seed-$seed" \
-        "${options[@]}" --warm_start_only
-      .venv/bin/python -m tto_jax.evaluate --workdir="$WORKDIR/grpo-$seed-$seed" --warm_start --out="$dir"
+        "${options[@]}" --warm_start_only &&
+        .venv/bin/python -m tto_jax.evaluate --workdir="$WORKDIR/grpo-$seed-$seed" --warm_start --out="$dir"
       return
       ;;
     mrt_star | star)
       method=$([ "$name" = star ] && echo plain || echo mrt)
-      .venv/bin/python -m tto_jax.star --config="configs/star.py:$TASK,$method" --workdir="$dir" "${options[@]}"
+      .venv/bin/python -m tto_jax.star --config="configs/star.py:$TASK,$method" --workdir="$dir" "${options[@]}" || return
       ;;
-    *) .venv/bin/python -m tto_jax.train --config="configs/$TASK.py:$name" --workdir="$dir" "${options[@]}" ;;
+    *) .venv/bin/python -m tto_jax.train --config="configs/$TASK.py:$name" --workdir="$dir" "${options[@]}" || return ;;
   esac
   .venv/bin/python -m tto_jax.evaluate --workdir="$dir"
 }

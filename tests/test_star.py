@@ -345,7 +345,7 @@ def test_the_numbers_of_the_paper():
 def test_variants_are_accepted(variant):
     plan = star.build(configuration.get_config(variant))
     criterion = "final" if "plain" in variant else "best"
-    assert plan.rule == Rule(criterion, cut=criterion == "best")
+    assert plan.rule == Rule(criterion, cut=criterion == "best", unfinished=criterion == "final")
     assert plan.fitting.row_length == plan.sampling.prompt_pad + plan.options.budgets[-1] + plan.sampling.answer_pad
     assert plan.fitting_of(200).optimizer.warmup_steps == 20
 
