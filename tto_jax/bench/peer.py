@@ -93,6 +93,18 @@ def _environment(platform):
     return os.environ | ({name: str(value) for name, value in kept.items()} if platform == "cpu" else {})
 
 
+def torch_peak(device: str) -> dict[str, Callable[[], dict]]:
+    """What `serve` answers about the memory of a device, of a peer in torch; nothing on a CPU."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {
+        "reset": lambda: torch.cuda.reset_peak_memory_stats() or {},
+        "peak": lambda: {"peak": (torch.cuda.max_memory_allocated(), "torch.cuda")},
+    }
+
+
 def serve(
     load: Callable[[argparse.Namespace, Mapping[str, np.ndarray]], Mapping[str, Callable[..., dict]]],
     kinds: Mapping[str, type],

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from tto_jax.bench.peer import serve
+from tto_jax.bench.peer import serve, torch_peak
 
 
 def load(flags, arrays):
@@ -36,14 +36,7 @@ def load(flags, arrays):
         found = torch.log_softmax(logits, -1).gather(-1, tokens[:, -flags.new :, None])[..., 0]
         return {"logprobs": found.tolist()}
 
-    if flags.device == "cpu":
-        return {"work": work, "logprobs": logprobs}
-    return {
-        "work": work,
-        "logprobs": logprobs,
-        "reset": lambda: torch.cuda.reset_peak_memory_stats() or {},
-        "peak": lambda: {"peak": (torch.cuda.max_memory_allocated(), "torch.cuda")},
-    }
+    return {"work": work, "logprobs": logprobs} | torch_peak(flags.device)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from tto_jax.bench.peer import serve
+from tto_jax.bench.peer import serve, torch_peak
 
 REMAT = {"none": False, "full": True}  # ours: checkpointing of every layer
 
@@ -54,14 +54,7 @@ def load(flags, arrays):
         found, *_ = trainer._get_per_token_logps_and_entropies(model, tokens, torch.ones_like(tokens), new)
         return {"logprobs": found.tolist()}
 
-    if flags.device == "cpu":
-        return {"work": work, "logprobs": logprobs}
-    return {
-        "work": work,
-        "logprobs": logprobs,
-        "reset": lambda: torch.cuda.reset_peak_memory_stats() or {},
-        "peak": lambda: {"peak": (torch.cuda.max_memory_allocated(), "torch.cuda")},
-    }
+    return {"work": work, "logprobs": logprobs} | torch_peak(flags.device)
 
 
 def make_trainer(model, rows, new, flags):
