@@ -19,6 +19,7 @@ from tto_jax.kernels.branch_decode import (
     blocked,
     branch_decode,
     choose,
+    lay_out,
     pallas_tpu,
 )
 
@@ -83,23 +84,19 @@ def test_equals_the_oracle(implementation, kv_heads):
 
 
 @pytest.mark.parametrize("attend", [*ON_ANY, "interpreted"])
-def test_intervals_and_layers(attend, monkeypatch):
-    """A stack of layers and blocks that are skipped: with 128 slots a block, rows begin and end in any of the three."""
+def test_intervals(attend, monkeypatch):
+    """Blocks that are skipped: with 128 slots a block, rows begin and end in any of the three."""
     monkeypatch.setattr(pallas_tpu, "BLOCK_BYTES", 1)
     monkeypatch.setattr(pallas_tpu, "WHOLE", 128)
     monkeypatch.setattr(blocked, "BLOCK", 100)
     rng = np.random.default_rng(1)
     parts, dense = [], []
-    for rows, capacity, layers in ((2, 384, 3), (12, 20, 0)):
-        drawn = [random_part(rng, rows, 2, capacity) for _ in range(max(layers, 1))]
-        interval, chosen = random_interval(rng, rows, capacity), drawn[layers // 2]
+    for rows, capacity in ((2, 384), (12, 20)):
+        part, interval = random_part(rng, rows, 2, capacity), random_interval(rng, rows, capacity)
         if rows == 12:
             interval = Interval(begin=np.zeros((12, 1), np.int32), end=rng.integers(1, 21, (12, 1)).astype(np.int32))
-        dense.append(dataclasses.replace(chosen, visible=mask_of(interval, capacity)))
-        if layers:
-            k, v = (np.stack([getattr(part, name) for part in drawn]) for name in "kv")
-            chosen = CachePart(k=k, v=v, visible=None, layer=np.int32(layers // 2))
-        parts.append(dataclasses.replace(chosen, visible=interval))
+        dense.append(dataclasses.replace(part, visible=mask_of(interval, capacity)))
+        parts.append(dataclasses.replace(part, visible=interval))
     assert [pallas_tpu.block_slots(part) for part in parts] == [128, 20]
     q = rng.normal(size=(M, 6, D)).astype(np.float32)
     run = interpreted if attend == "interpreted" else functools.partial(jitted, implementation=attend)
@@ -126,6 +123,31 @@ def test_slots_outside_of_the_intervals_are_not_read(attend, monkeypatch):
         x[..., :256], x[..., 384:] = np.nan, np.nan
     run = interpreted if attend == "interpreted" else functools.partial(jitted, implementation=attend)
     np.testing.assert_allclose(run(q, [part, own]), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("attend", ON_ANY)
+@pytest.mark.parametrize("rows", [12, 6, 1], ids="{} rows".format)
+def test_keys_in_tiles(attend, rows, monkeypatch):
+    """Of 2, 4 and 24 rows a query matrix, where the last goes block by block, beside a part that has no tiles."""
+    monkeypatch.setattr(blocked, "BLOCK", 100)
+    rng = np.random.default_rng(3)
+    part, own = random_part(rng, rows, 2, 128), random_part(rng, 12, 2, 7, seen=1.0)
+    seen = random_interval(rng, rows, 128)
+    k = part.k.reshape(rows, 2, D, 4, 32).swapaxes(2, 3)
+    q = rng.normal(size=(M, 4, D)).astype(np.float32)
+    expected = oracle(q, [dataclasses.replace(part, visible=mask_of(seen, 128)), own])
+    found = jitted(q, [CachePart(k=k, v=part.v, visible=seen), own], attend)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_keys_are_laid_out_in_tiles_for_few_queries_of_a_long_part():
+    k = np.arange(2 * 3 * D * 160, dtype=np.float32).reshape(2, 3, D, 160)
+    tiles = lay_out(k, 2, "blocked")
+    assert tiles.shape == (2, 3, 5, D, 32)
+    np.testing.assert_array_equal(tiles[1, 2, 4, 3], k[1, 2, 3, 128:])
+    for same in ((k, 1), (k, 9), (k[..., :96], 2), (k[..., :150], 2)):
+        assert lay_out(*same, "blocked") is same[0], same[1]
+    assert all(lay_out(k, 2, name) is k for name in IMPLEMENTATIONS if name != "blocked")
 
 
 def test_an_unseen_part_and_unseen_slots_change_nothing():
@@ -198,24 +220,23 @@ def test_rows_and_heads_on_devices(implementation, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology):
-    """On 2 x 2 chips, rows by heads, a stack of a trunk that 16 branches share, and their own caches: Mosaic takes it,
-    and no cache is copied.
+    """On 2 x 2 chips, rows by heads, a trunk that 16 branches share, and their own caches: Mosaic takes it, no cache
+    is copied.
     """
     mesh = compile_tpu.describe(topology, 1, (2, 1, 2)).mesh
-    heads, stacked, rows = P("data", "tensor"), P(None, "data", "tensor"), P("data")
+    heads, rows = P("data", "tensor"), P("data")
 
     def shape(dtype, spec, *sizes):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
     def part(number, capacity):
-        k, v = ((4, number, 4, *sizes) for sizes in ((128, capacity), (capacity, 128)))
+        k, v = (shape(jnp.bfloat16, heads, number, 4, *sizes) for sizes in ((128, capacity), (capacity, 128)))
         seen = shape(jnp.int32, rows, number, 128 // number)
-        k, v = shape(jnp.bfloat16, stacked, *k), shape(jnp.bfloat16, stacked, *v)
-        return CachePart(k=k, v=v, visible=Interval(begin=seen, end=seen), layer=shape(jnp.int32, P()))
+        return CachePart(k=k, v=v, visible=Interval(begin=seen, end=seen))
 
-    specs = (heads, [CachePart(k=stacked, v=stacked, visible=rows, layer=P())] * 2)
+    specs = (heads, [CachePart(k=heads, v=heads, visible=rows)] * 2)
     split = jax.shard_map(pallas_tpu.branch_decode, mesh=mesh, in_specs=specs, out_specs=heads)
-    arguments = shape(jnp.bfloat16, heads, 128, 24, 128), [part(8, 8192), part(128, 128)]
+    arguments = shape(jnp.bfloat16, heads, 128, 24, 128), [part(8, 32_768), part(128, 128)]
     memory = jax.jit(split).lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.1 * memory.argument_size_in_bytes
 
@@ -235,9 +256,9 @@ def test_misuse_is_refused():
             branch_decode(bad, parts)
     with pytest.raises(ValueError, match="KV heads: they must have the same number"):
         branch_decode(q, [parts[0], random_part(np.random.default_rng(0), 4, 1, 5)])
-    for bad in (dataclasses.replace(parts[0], layer=0), dataclasses.replace(parts[0], v=parts[0].k)):
-        with pytest.raises(ValueError, match="they must be"):
-            branch_decode(q, [bad])
+    for bad in (parts[0].v, parts[0].k[None], parts[0].k[..., None], parts[0].k[0]):
+        with pytest.raises(ValueError, match=r"k must be \[R,K,D,C\], or \[R,K,C/T,D,T\] in tiles"):
+            branch_decode(q, [dataclasses.replace(parts[0], k=bad)])
     with pytest.raises(ValueError, match="at least one part"):
         branch_decode(q, [])
 
@@ -247,6 +268,9 @@ def test_what_the_kernel_does_not_take_is_refused():
     with pytest.raises(ValueError, match="not as a mask"):
         branch_decode(q, parts, "pallas_tpu")
     all_of = lambda part: dataclasses.replace(part, visible=Interval(begin=0, end=3))  # noqa: E731
+    tiles = dataclasses.replace(all_of(parts[0]), k=parts[0].k[:, :, None])
+    with pytest.raises(ValueError, match="not in tiles"):
+        branch_decode(q, [tiles], "pallas_tpu")
     with pytest.raises(ValueError, match="one dtype of"):
         branch_decode(q.astype(np.float16), [all_of(part) for part in parts], "pallas_tpu")
     with pytest.raises(ValueError, match=r"capacity=600: above 512 slots it must be a multiple of 128"):

@@ -105,7 +105,7 @@ def test_products_depend_on_the_distance_only(name):
     config = CASES[name]
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 1, config.head_dim)).astype(np.float32)
-    turn = jax.jit(lambda x, position: rope.rotary(x, position, config))
+    turn = jax.jit(lambda x, position: rope.rotary(x, rope.rotation(position, config)))
     at = lambda x, t: np.asarray(turn(x, np.full((1, 1), t, np.int32)))[0, 0, 0]  # noqa: E731
     near, far, other = (float(at(q, t + 7) @ at(k, t)) for t in (3, 400, 401))
     assert near == pytest.approx(far, abs=2e-3) and far == pytest.approx(other, abs=2e-3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from tto_jax import sharding
 from tto_jax.core.types import Array, pytree
-from tto_jax.kernels.branch_decode import CachePart, Interval
+from tto_jax.kernels.branch_decode import CachePart, Interval, lay_out
 from tto_jax.models.config import ModelConfig
 
 
@@ -35,7 +35,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """C, in tokens."""
-        return self.k[0].shape[3]
+        return self.v[0].shape[2]
 
     def write(self, slot: Array, new: "Cache") -> "Cache":
         """Store `new`, of R rows and capacity T, at slots [slot, slot + T) of every row. slot: i32[]."""
@@ -83,3 +83,9 @@ class Context:
 
     cache: Cache
     visible: Array | Interval  # bool[R, queries a row, C], or slots
+
+    def for_loop(self, config: ModelConfig, rows: int) -> "Context":
+        """The same, laid out for a loop that decodes a token for each of `rows` rows at a time."""
+        queries = rows // self.cache.rows * (config.num_heads // (config.num_kv_heads * config.kv_copies))
+        keys = tuple(lay_out(k, queries, config.branch_decode) for k in self.cache.k)
+        return Context(cache=Cache(k=keys, v=self.cache.v), visible=self.visible)

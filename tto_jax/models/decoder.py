@@ -17,7 +17,7 @@ from tto_jax import sharding
 from tto_jax.core.types import Array, TokenTree
 from tto_jax.kernels import tree_attention
 from tto_jax.models.config import ModelConfig
-from tto_jax.models.rope import rotary
+from tto_jax.models.rope import Rotation, rotary, rotation
 
 Params = dict[str, Any]
 Attend = Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
@@ -50,14 +50,14 @@ class Attention(nnx.Module):
             norm = functools.partial(nnx.RMSNorm, width, epsilon=config.norm_eps, dtype=config.dtype, rngs=rngs)
             self.q_norm, self.k_norm = norm(), norm()
 
-    def __call__(self, x: Array, position: Array, attend: Callable) -> tuple[Array, Any]:
-        """x [R,T,M], position i32[R,T], attend(q, k, v) -> (out, state); returns ([R,T,M], state)."""
+    def __call__(self, x: Array, turn: Rotation, attend: Callable) -> tuple[Array, Any]:
+        """x [R,T,M], turn of its positions, attend(q, k, v) -> (out, state); returns ([R,T,M], state)."""
         config = self.config
         split = lambda y, heads: y.reshape(*x.shape[:2], heads, config.head_dim)  # noqa: E731
         q, k = split(self.q(x), config.num_heads), split(self.k(x), config.num_kv_heads)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotary(q, position, config), rotary(k, position, config)
+        q, k = rotary(q, turn), rotary(k, turn)
         v = split(self.v(x), config.num_kv_heads)
         if config.kv_copies > 1:
             k, v = (jnp.repeat(y, config.kv_copies, axis=2) for y in (k, v))
@@ -79,10 +79,10 @@ class Layer(nnx.Module):
         self.up = linear(config.hidden_size, config.mlp_size)
         self.down = linear(config.mlp_size, config.hidden_size)
 
-    def __call__(self, x: Array, position: Array, attend: Callable) -> tuple[Array, Any]:
+    def __call__(self, x: Array, turn: Rotation, attend: Callable) -> tuple[Array, Any]:
         """x [R,T,M] -> ([R,T,M], state)."""
         with jax.named_scope("attention"):
-            mixed, state = self.attention(self.attention_norm(x), position, attend)
+            mixed, state = self.attention(self.attention_norm(x), turn, attend)
             x = x + mixed
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
@@ -119,11 +119,12 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Array, position: Array, attend: Attend, state: Any) -> tuple[Array, Any]:
         """tokens, position i32[R,T] -> (hidden [R,T,M], state after all layers)."""
         graph, stacked = nnx.split(self.layers)
+        turn = rotation(position, self.config)
 
         def layer_step(carry, xs):
             x, state = carry
             index, params = xs
-            x, state = nnx.merge(graph, params)(x, position, functools.partial(attend, index, state))
+            x, state = nnx.merge(graph, params)(x, turn, functools.partial(attend, index, state))
             return (sharding.constrain(x, sharding.ROWS), state), None
 
         body = _remat(layer_step, self.config.remat)

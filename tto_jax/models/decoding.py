@@ -20,7 +20,7 @@ from tto_jax.kernels.branch_decode import CachePart, Interval
 from tto_jax.models import decoder
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
-from tto_jax.models.rope import rotary
+from tto_jax.models.rope import Rotation, rotary, rotation
 
 
 @pytree
@@ -79,6 +79,12 @@ class Open:
 
     cache: Cache
     slot: Array  # i32[]
+    turns: Rotation  # of the positions of its slots, [R,T,1,D/2]
+
+    @property
+    def turn(self) -> Rotation:
+        """Of the new tokens' positions."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self.slot, 1, axis=1), self.turns)
 
 
 def decode(
@@ -103,9 +109,10 @@ def decode(
     x = decoder.lookup(weights.embed, tokens)
     if weights.position_embed is not None:
         x = x + jnp.take(weights.position_embed, position, axis=0)
+    turn = rotation(position, config) if own is None else own.turn
     x, keys, values = _columns(x), [], []
     for number, layer in enumerate(weights.layers):
-        mixed, k, v = _attention(config, layer, number, x, position, context, own)
+        mixed, k, v = _attention(config, layer, number, x, turn, context, own)
         keys.append(k), values.append(v)
         x = x + mixed
         y = _norm(config, x, layer["mlp_norm"]["scale"])
@@ -146,15 +153,15 @@ def _norm(config, x, scale, axis=0):
     return (wide * (factor * scale)).astype(config.dtype)
 
 
-def _attention(config, layer, number, x, position, context, own):
+def _attention(config, layer, number, x, turn, context, own):
     """Columns [M, R*T] -> the same, and keys [R,K,D,T] and values [R,K,T,D], or all that are in `own` now."""
-    weights, (rows, new) = layer["attention"], position.shape
+    weights, (rows, new) = layer["attention"], turn.cos.shape[:2]
     x = _norm(config, x, layer["attention_norm"]["scale"])
     heads = lambda y: y.T.reshape(rows, new, -1, config.head_dim)  # noqa: E731
     q, k, v = (heads(_linear(weights[name], x)) for name in "qkv")
     if config.qk_norm:
         q, k = (_norm(config, y, weights[f"{name}_norm"]["scale"], axis=-1) for name, y in (("q", q), ("k", k)))
-    q, k = rotary(q, position, config), rotary(k, position, config)
+    q, k = rotary(q, turn), rotary(k, turn)
     if config.kv_copies > 1:
         k, v = (jnp.repeat(y, config.kv_copies, axis=2) for y in (k, v))
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)

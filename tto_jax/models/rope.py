@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tto_jax.core.types import Array
+from tto_jax.core.types import Array, pytree
 from tto_jax.models.config import ModelConfig, RopeScaling
 
 
@@ -41,13 +41,28 @@ def attention_factor(config: ModelConfig) -> float:
     return at(1.0)
 
 
-def rotary(x: Array, position: Array, config: ModelConfig) -> jax.Array:
-    """Rotate halves of x [R,T,H,D] by position i32[R,T] (Llama's convention), in float32."""
-    half, scale = config.head_dim // 2, attention_factor(config)
+@pytree
+class Rotation:
+    """How far each position turns each pair of dimensions."""
+
+    cos: Array  # f32[R,T,1,D/2], times the attention factor
+    sin: Array  # f32[R,T,1,D/2]
+
+
+def rotation(position: Array, config: ModelConfig) -> Rotation:
+    """Of positions i32[R,T]: outside of a loop over layers or tokens, as XLA computes cosines anew wherever they are
+    used in the same program.
+    """
     angle = position[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
-    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    scale = attention_factor(config)
+    return Rotation(cos=jnp.cos(angle) * scale, sin=jnp.sin(angle) * scale)
+
+
+def rotary(x: Array, by: Rotation) -> jax.Array:
+    """Rotate halves of x [R,T,H,D] (Llama's convention), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = first * by.cos - second * by.sin, second * by.cos + first * by.sin
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _llama3(scaling: RopeScaling, wide: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from tto_jax.core.types import Array, pytree
 from tto_jax.models import decoding
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
+from tto_jax.models.rope import rotation
 from tto_jax.rollout.keys import uniforms
 
 
@@ -95,6 +96,8 @@ def decode_block(
       stops, limit: see `draw`. steps: i32[], tokens at most of this block.
     """
     rows, begin = position.shape[0], flow.length
+    turns = rotation(position[:, None] + jnp.arange(size), model)
+    context = tuple(part.for_loop(model, rows) for part in context)
     drawn = uniforms(keys, begin, size)
     empty = Block(
         tokens=jnp.zeros((size, rows), jnp.int32),
@@ -107,7 +110,7 @@ def decode_block(
         flow, block = carry
         i = block.steps
         flow, token, logprob = draw(model, weights, options, flow, drawn[i], stops, limit)
-        own = decoding.Open(cache=block.cache, slot=i)
+        own = decoding.Open(cache=block.cache, slot=i, turns=turns)
         hidden, cache = decoding.decode(model, weights, token[:, None], (position + i)[:, None], context, own)
         flow = Flow(hidden=hidden[:, 0], length=flow.length, last=flow.last, done=flow.done)
         tokens, logprobs = block.tokens.at[i].set(token), block.logprob.at[i].set(logprob)

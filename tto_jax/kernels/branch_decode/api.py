@@ -14,6 +14,7 @@ IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu.branch_decode,
     "reference": reference.branch_decode,
 }
+LAYOUTS = {"blocked": blocked.lay_out}
 PLATFORMS = {"cpu": "blocked", "tpu": "merged", "gpu": "merged", "cuda": "merged", "rocm": "merged"}
 
 
@@ -22,6 +23,14 @@ def choose(platform: str) -> str:
     if platform not in PLATFORMS:
         raise ValueError(f"platform={platform!r} is unknown: choose one of {tuple(PLATFORMS)}")
     return PLATFORMS[platform]
+
+
+def lay_out(k: Array, queries: int, implementation: str) -> Array:
+    """Keys [R,K,D,C] of a part as the implementation reads them fastest, for a loop that does so for every token.
+
+    queries: how many share a row, times the heads of a group.
+    """
+    return LAYOUTS[implementation](k, queries) if implementation in LAYOUTS else k
 
 
 def branch_decode(q: Array, parts: Sequence[CachePart], implementation: str = "merged") -> jax.Array:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from tto_jax.core.types import Array
-from tto_jax.kernels.branch_decode.parts import CachePart, deal, mask, of_layer, undeal
+from tto_jax.kernels.branch_decode.parts import CachePart, deal, keys, mask, undeal
 
+FEW = 8  # rows of a query matrix, queries of a row times heads of a group: up to here they are few
 LOWEST = -1e30  # the largest score of a query that sees nothing of a part: finite, so that no inf - inf appears
 
 
@@ -22,14 +23,14 @@ def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
     """As the reference; weights are rounded to q's dtype before their sum is divided out, results in float32."""
     kv_heads = parts[0].kv_heads
     grouped = q.reshape(q.shape[0], kv_heads, -1, q.shape[2])
-    return merge([attend(grouped, of_layer(part)) for part in parts]).reshape(q.shape).astype(q.dtype)
+    return merge([attend(grouped, part) for part in parts]).reshape(q.shape).astype(q.dtype)
 
 
 def attend(q: Array, part: CachePart) -> list[jax.Array]:
     """q [M,K,g,D] -> of this part (a f32[M,K,g,D], m f32[M,K,g,1], s f32[M,K,g,1])."""
     group = q.shape[2]
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    scores = product(deal(q, part), part.k) * q.shape[3] ** -0.5
+    scores = _scores(deal(q, part), part) * q.shape[3] ** -0.5
     by_query = scores.reshape(part.rows, part.kv_heads, -1, group, part.capacity)
     scores = jnp.where(mask(part)[:, None, :, None], by_query, -jnp.inf).reshape(scores.shape)
     largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), LOWEST)
@@ -37,6 +38,14 @@ def attend(q: Array, part: CachePart) -> list[jax.Array]:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed = product(weights.astype(q.dtype), part.v)
     return [undeal(x, part, group) for x in (mixed, largest, total)]
+
+
+def _scores(q, part):
+    """q [R,K,m,D] -> f32[R,K,m,C]."""
+    if part.k.ndim == 4 or q.shape[2] > FEW:
+        return jnp.matmul(q, keys(part), preferred_element_type=jnp.float32)
+    q, k = (x.astype(jnp.float32) for x in (q[:, :, :, None, :, None], part.k[:, :, None]))
+    return jnp.sum(q * k, axis=4).reshape(*q.shape[:3], part.capacity)
 
 
 def merge(results: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:

@@ -3,7 +3,7 @@
 The kernel's grid is (row, block of slots). A step takes one block of keys and values of all KV heads, and all queries
 that the row serves, with all the heads of their groups: what lies in HBM is read once for them. The blocks of a row
 run from the first to the last slot that one of its queries sees; what lies outside is not read (its steps point to the
-block that is there already). Of a stack of layers the block is taken where it lies: no layer is copied.
+block that is there already).
 """
 
 import functools
@@ -34,7 +34,7 @@ def branch_decode(q: Array, parts: Sequence[CachePart], interpret: bool = False)
       interpret: run by JAX's interpreter, on any platform.
 
     Raises:
-      ValueError: a mask instead of an interval, another dtype or capacity.
+      ValueError: a mask instead of an interval, keys in tiles, another dtype or capacity.
     """
     for part in parts:
         _check(q, part)
@@ -49,6 +49,8 @@ interpreted = functools.partial(branch_decode, interpret=True)
 def _check(q, part):
     if not isinstance(part.visible, Interval):
         raise ValueError("pallas_tpu skips the slots that no query sees: give `visible` as an Interval, not as a mask")
+    if part.k.ndim != 4:
+        raise ValueError(f"k {part.k.shape}: pallas_tpu takes keys as [R,K,D,C], not in tiles")
     if q.dtype.name not in DTYPES or not q.dtype == part.k.dtype == part.v.dtype:
         raise ValueError(f"q {q.dtype}, k {part.k.dtype}, v {part.v.dtype}: pallas_tpu takes one dtype of {DTYPES}")
     if part.capacity > WHOLE and part.capacity % LANES:
@@ -73,9 +75,7 @@ def _attend(q, part, interpret):
     rows = lambda x: jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, pad)))[..., None]  # noqa: E731
     dealt = jnp.pad(deal(q, part), ((0, 0), (0, 0), (0, pad), (0, 0)))
     first, blocks = _blocks(begin, end, size)
-    layer = jnp.zeros(1, jnp.int32) if part.layer is None else jnp.reshape(part.layer, 1).astype(jnp.int32)
-    k, v = (x[None] if part.layer is None else x for x in (part.k, part.v))
-    found = _call(layer, first, blocks, rows(begin), rows(end), dealt, k, v, size=size, interpret=interpret)
+    found = _call(first, blocks, rows(begin), rows(end), dealt, part.k, part.v, size=size, interpret=interpret)
     return [undeal(x[:, :, :count], part, group) for x in found]
 
 
@@ -92,19 +92,15 @@ def _blocks(begin, end, size):
     return jnp.where(some, low, 0), jnp.where(some, high - low, 0)
 
 
-def _call(layer, first, blocks, begin, end, q, k, v, *, size, interpret):
+def _call(first, blocks, begin, end, q, k, v, *, size, interpret):
     rows, kv_heads, count, width = q.shape
     steps = k.shape[-1] // size
-    *arrays, begin, end, q, k, v = vary_together((layer, first, blocks, begin, end, q, k, v))
+    *arrays, begin, end, q, k, v = vary_together((first, blocks, begin, end, q, k, v))
     # Steps beyond the last block stay where they are: nothing is fetched for them.
     block = lambda r, c, first, blocks: first[r] + jnp.minimum(c, jnp.maximum(blocks[r] - 1, 0))  # noqa: E731
     of_row = lambda *shape: pl.BlockSpec((1, *shape), lambda r, c, *_: (r, *(0 for _ in shape)))  # noqa: E731
-    keys = pl.BlockSpec(
-        (1, 1, kv_heads, width, size), lambda r, c, at, first, blocks: (at[0], r, 0, 0, block(r, c, first, blocks))
-    )
-    values = pl.BlockSpec(
-        (1, 1, kv_heads, size, width), lambda r, c, at, first, blocks: (at[0], r, 0, block(r, c, first, blocks), 0)
-    )
+    keys = pl.BlockSpec((1, kv_heads, width, size), lambda r, c, *at: (r, 0, 0, block(r, c, *at)))
+    values = pl.BlockSpec((1, kv_heads, size, width), lambda r, c, *at: (r, 0, block(r, c, *at), 0))
     shape = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
         (rows, kv_heads, count, n), jnp.float32, manual_axis_type=jax.typeof(q).manual_axis_type
     )
@@ -112,7 +108,7 @@ def _call(layer, first, blocks, begin, end, q, k, v, *, size, interpret):
     return pl.pallas_call(
         functools.partial(_kernel, size=size, scale=width**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=2,
             grid=(rows, steps),
             in_specs=[of_row(count, 1), of_row(count, 1), of_row(kv_heads, count, width), keys, values],
             out_specs=[of_row(kv_heads, count, n) for n in (width, 1, 1)],
@@ -129,7 +125,7 @@ def _call(layer, first, blocks, begin, end, q, k, v, *, size, interpret):
     )(*arrays, begin, end, q, k, v)
 
 
-def _kernel(_, first, blocks, begin, end, q, k, v, mixed, largest, total, *, size, scale):
+def _kernel(first, blocks, begin, end, q, k, v, mixed, largest, total, *, size, scale):
     """Running sums of a row (FlashAttention-2, algorithm 1, without the division); one block of slots a step."""
     row, step = pl.program_id(0), pl.program_id(1)
 
@@ -146,11 +142,11 @@ def _kernel(_, first, blocks, begin, end, q, k, v, mixed, largest, total, *, siz
         seen = (slot >= begin[0]) & (slot < end[0])
         product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         for head in range(q.shape[1]):
-            scores = jnp.where(seen, product(q[0, head], k[0, 0, head]) * scale, LOWEST)
+            scores = jnp.where(seen, product(q[0, head], k[0, head]) * scale, LOWEST)
             old = largest[0, head]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
             weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
             shrink = jnp.exp(old - new)
             largest[0, head] = new
             total[0, head] = shrink * total[0, head] + jnp.sum(weights, axis=1, keepdims=True)
-            mixed[0, head] = shrink * mixed[0, head] + product(weights.astype(v.dtype), v[0, 0, head])
+            mixed[0, head] = shrink * mixed[0, head] + product(weights.astype(v.dtype), v[0, head])

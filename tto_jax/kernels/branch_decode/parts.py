@@ -1,5 +1,6 @@
 """What the op attends to: caches in parts, each read once for all queries that share its rows."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -21,42 +22,38 @@ class CachePart:
     """Keys and values of R rows with capacity C; the layouts make both products contiguous.
 
     M queries are dealt to the rows in order: row r serves queries [r M/R, (r+1) M/R).
-    With `layer` both arrays are stacks, [layers, R, ...], of which that one is read: an implementation with a kernel of
-    its own then reads it where it lies.
     """
 
-    k: Array  # [R, K, D, C]
+    k: Array  # [R, K, D, C], or in tiles of T slots: [R, K, C / T, D, T]
     v: Array  # [R, K, C, D]
     visible: Array | Interval  # bool[R, M / R, C], or broadcastable to it; or the slots as an interval
-    layer: Array | None = None  # i32[]
 
     @property
     def rows(self) -> int:
         """R."""
-        return self.k.shape[-4]
+        return self.v.shape[0]
 
     @property
     def kv_heads(self) -> int:
         """K."""
-        return self.k.shape[-3]
+        return self.v.shape[1]
 
     @property
     def width(self) -> int:
         """D."""
-        return self.k.shape[-2]
+        return self.v.shape[3]
 
     @property
     def capacity(self) -> int:
         """C."""
-        return self.k.shape[-1]
+        return self.v.shape[2]
 
 
-def of_layer(part: CachePart) -> CachePart:
-    """The part without a stack."""
-    if part.layer is None:
-        return part
-    at = lambda x: jax.lax.dynamic_index_in_dim(x, part.layer, keepdims=False)  # noqa: E731
-    return CachePart(k=at(part.k), v=at(part.v), visible=part.visible)
+def keys(part: CachePart) -> Array:
+    """[R,K,D,C], of tiles, too."""
+    if part.k.ndim == 4:
+        return part.k
+    return part.k.swapaxes(2, 3).reshape(*part.k.shape[:2], part.width, part.capacity)
 
 
 def mask(part: CachePart) -> jax.Array:
@@ -72,12 +69,10 @@ def check(q: Array, parts: Sequence[CachePart]) -> None:
     if q.ndim != 3 or not parts:
         raise ValueError(f"q {q.shape} and {len(parts)} parts: q is [M,H,D], and there is at least one part")
     for part in parts:
-        stacked = part.layer is not None
-        ranks = part.k.ndim == part.v.ndim == 4 + stacked
-        if not ranks or part.v.shape != (*part.k.shape[:-2], part.capacity, part.width):
+        if part.v.ndim != 4 or part.k.ndim not in (4, 5) or not _fit(part):
             raise ValueError(
-                f"a part with k {part.k.shape}, v {part.v.shape} {'with' if stacked else 'without'} a layer: they must "
-                f"be {'[layers,R,K,D,C] and [layers,R,K,C,D]' if stacked else '[R,K,D,C] and [R,K,C,D]'}"
+                f"a part with k {part.k.shape}, v {part.v.shape}: k must be [R,K,D,C], or [R,K,C/T,D,T] in tiles, and "
+                "v [R,K,C,D]"
             )
         if q.shape[0] % part.rows or q.shape[1] % part.kv_heads or q.shape[2] != part.width:
             raise ValueError(
@@ -86,6 +81,14 @@ def check(q: Array, parts: Sequence[CachePart]) -> None:
             )
     if len({part.kv_heads for part in parts}) > 1:
         raise ValueError(f"parts with {[part.kv_heads for part in parts]} KV heads: they must have the same number")
+
+
+def _fit(part):
+    """Whether keys are those of the values' rows, heads and slots."""
+    *lead, capacity, width = part.v.shape
+    tiles = () if part.k.ndim == 4 else (part.k.shape[2],)
+    whole = part.k.shape[-1] * math.prod(tiles)
+    return part.k.shape == (*lead, *tiles, width, part.k.shape[-1]) and whole == capacity
 
 
 def deal(x: Array, part: CachePart) -> jax.Array:

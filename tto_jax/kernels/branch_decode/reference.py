@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from tto_jax.core.types import Array
-from tto_jax.kernels.branch_decode.parts import CachePart, deal, mask, of_layer, undeal
+from tto_jax.kernels.branch_decode.parts import CachePart, deal, keys, mask, undeal
 
 
 def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
     """q [M,H,D] -> [M,H,D]; softmax in float32. A query must see at least one key."""
-    parts = [of_layer(part) for part in parts]
     number, heads, width = q.shape
     kv_heads = parts[0].kv_heads
     grouped = q.reshape(number, kv_heads, heads // kv_heads, width)
@@ -26,7 +25,7 @@ def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
 
 def _scores(q, part):
     """q [M,K,g,D] -> masked scores f32[M,K,g,C]."""
-    scores = undeal(jnp.matmul(deal(q, part), part.k, preferred_element_type=jnp.float32), part, q.shape[2])
+    scores = undeal(jnp.matmul(deal(q, part), keys(part), preferred_element_type=jnp.float32), part, q.shape[2])
     by_row = scores.reshape(part.rows, -1, *scores.shape[1:])
     return jnp.where(mask(part)[:, :, None, None, :], by_row, -jnp.inf).reshape(scores.shape)
 
