@@ -81,10 +81,16 @@ def _over_keys(step, carry, plan, some):
     def whole(j, carry):
         return step(carry, some.keys[j], None)
 
-    def part(j, carry):
-        return step(carry, some.keys[j], _visible(some.vectors, plan.vectors[some.keys[j]]))
+    def visible(j):
+        return _visible(some.vectors, plan.vectors[some.keys[j]])
 
-    return lax.fori_loop(some.whole, some.needed, part, lax.fori_loop(0, some.whole, whole, carry))
+    def part(j, state):
+        carry, seen = state
+        return step(carry, some.keys[j], seen), visible(j + 1)
+
+    # What is seen is carried from the step before: XLA would compute it anew for every head and every use of it.
+    state = lax.fori_loop(0, some.whole, whole, carry), visible(some.whole)
+    return lax.fori_loop(some.whole, some.needed, part, state)[0]
 
 
 def _to_blocks(x, block, kv_heads):
