@@ -12,9 +12,8 @@
 #   logs    the last --lines=100 of the log [--follow]
 #
 # run and start take --env=NAME=VALUE, any number of times. --dry-run prints the commands of setup and run.
-# Exit codes: the page's; 143 if SIGTERM came and the page ended well (run again: it resumes); 130 after `stop`; 137 if
-# the run was killed; 64 if what was asked can't work. Files of the background run: TTO_RUN_DIR, by default
-# ~/tto_jax/run.
+# Exit codes: the page's, 143 if SIGTERM stopped it (run again: it resumes); 130 after `stop`; 137 if the run was
+# killed; 64 if what was asked can't work. Files of the background run: TTO_RUN_DIR, by default ~/tto_jax/run.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -69,9 +68,6 @@ run_page() { # the page in the foreground; returns its exit code
     [ "$interrupted" = 1 ] || break
   done
   trap - TERM INT
-  if [ "$term_came" = 1 ] && [ "$status" = 0 ]; then
-    status=143
-  fi
   if [ -n "${TTO_RECORD:-}" ]; then
     [ ! -e "$RUN_DIR/stop_requested" ] || status=$STOPPED
     printf '%s\n' "$status" >"$RUN_DIR/exit"

@@ -658,7 +658,7 @@ case "$*" in *"import jax"*) exit 0 ;; esac
 printf '%s\x1f' page "$@" "X=${X:-}" "COMMIT=${TTO_COMMIT:-}" >>"$STATE/calls"; printf '\x1e' >>"$STATE/calls"
 echo "the page speaks"
 case "$*" in
-  *--until_term*) trap 'echo saved; exit 0' TERM; touch "$STATE/ready"; for i in {1..2000}; do sleep 0.02; done ;;
+  *--until_term*) trap 'echo saved; exit 143' TERM; touch "$STATE/ready"; for i in {1..2000}; do sleep 0.02; done ;;
   *--deaf*) trap '' TERM; touch "$STATE/ready"; for i in {1..2000}; do sleep 0.02; done ;;
   *--code=*) words="$*"; exit "${words##*--code=}" ;;
 esac
@@ -764,8 +764,8 @@ def test_a_killed_run_is_no_good_end(machine):
     assert machine.run("worker.sh", "wait").code == 137
 
 
-def test_sigterm_in_the_foreground_is_143_though_the_page_ends_well(machine):
-    """A container whose machine is taken away: the page saves and exits with 0, the workload has to go on."""
+def test_sigterm_in_the_foreground_reaches_the_page(machine):
+    """A container whose machine is taken away: the page saves, its exit code says that the workload has to go on."""
     machine.root = worker(machine)
     environment = os.environ | {"STATE": str(machine.state), "HOME": machine.environment["HOME"]}
     words = ["bash", machine.root / "launch/worker.sh", "run", "--", "train", "--workdir=w", "--until_term"]

@@ -120,7 +120,7 @@ def main(argv):
     """The page."""
     if _COMPARE.value:
         compare(argv[1:])
-        return
+        return None
     check_usage(argv)
     distributed.initialize()
     host.set_up()
@@ -156,7 +156,7 @@ def main(argv):
             results = sample(plan, params, problems, options, folder, stop)
         except preemption.Stopped as stopped:
             distributed.say(f"{stopped}: what was sampled is kept in {folder}, the same command goes on from there")
-            return
+            return preemption.EXIT_CODE
     if jax.process_index() == 0:
         record = summary.summarize(results, options.columns, options.seed, tuple(limits))
         for name, found in sets.items():
@@ -168,6 +168,7 @@ def main(argv):
             record[kind] = summary.extrapolation(extended, options.seed)
             evaluation.save(folder / "extended.npz", extended)
         write(folder, config.to_dict() | {"variant": subject.variant}, record, results)
+    return None
 
 
 def check_usage(argv) -> None:

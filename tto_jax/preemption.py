@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 PATIENCE = 15.0  # seconds that a loop may go without a look before a notice ends the process
-EXIT_CODE = 128 + signal.SIGTERM  # of a process that ended in the middle of its work
+EXIT_CODE = 128 + signal.SIGTERM  # of a page that a notice stopped: it is not done, to start it again goes on
 
 
 def on_any_process(flag: bool) -> bool:

@@ -11,7 +11,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from tto_jax import chats, checkpoint, distributed, examples, host, inputs, sharding, supervised
+from tto_jax import chats, checkpoint, distributed, examples, host, inputs, preemption, sharding, supervised
 from tto_jax.examples import Examples
 from tto_jax.learner import LossConfig, OptimizerConfig
 from tto_jax.supervised import Plan
@@ -37,10 +37,11 @@ def main(argv):
     train, held_out = (read(config.data[name], tokenizer, plan.row_length) for name in ("train", "eval"))
     distributed.say(describe(plan, train, held_out))
     if _DRY_RUN.value:
-        return
+        return None
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
-    fit(config, plan, train, held_out, epath.Path(_WORKDIR.value))
+    ended = fit(config, plan, train, held_out, epath.Path(_WORKDIR.value))
+    return None if ended else preemption.EXIT_CODE
 
 
 def build(config) -> tuple[Tokenizer, Plan]:
@@ -77,8 +78,8 @@ def read(files, tokenizer: Tokenizer, row_length: int) -> Examples | None:
     return chats.encode(chats.read(files), tokenizer, row_length) if files else None
 
 
-def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir: epath.Path) -> None:
-    """The run."""
+def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir: epath.Path) -> bool:
+    """The run. Returns whether it came to its end: False if a notice stopped it."""
     steps = ("steps",) if plan.optimizer.schedule != "cosine" else ()
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=(*OVERRIDABLE, *steps))
     mesh = sharding.mesh_of(config.mesh)
@@ -87,7 +88,7 @@ def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir:
         {"configuration": config.to_json(sort_keys=True), "code": host.commit(), "data": train.fingerprint}
     )
     plan = plan.on(mesh)
-    supervised.fit(
+    state = supervised.fit(
         plan,
         mesh,
         examples.training_rows(train, plan.rows, plan.row_length, config.seed),
@@ -96,6 +97,7 @@ def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir:
         workdir,
         held_out=examples.evaluation_rows(held_out, plan.rows, plan.row_length) if held_out else (),
     )
+    return state is not None
 
 
 def describe(plan: Plan, train: Examples, held_out: Examples | None) -> str:

@@ -95,10 +95,10 @@ def main(argv):
     plan = build(config, need_model=not _DRY_RUN.value)
     distributed.say(describe(plan))
     if _DRY_RUN.value:
-        return
+        return None
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
-    run(config, plan, epath.Path(_WORKDIR.value))
+    return run(config, plan, epath.Path(_WORKDIR.value))
 
 
 def build(config, *, need_model: bool = True) -> Plan:
@@ -158,8 +158,8 @@ def build(config, *, need_model: bool = True) -> Plan:
     return dataclasses.replace(plan, fitting=plan.fitting_of(1))
 
 
-def run(config, plan: Plan, workdir: epath.Path) -> None:
-    """All iterations."""
+def run(config, plan: Plan, workdir: epath.Path) -> int | None:
+    """All iterations. Returns an exit code if a notice stopped it."""
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=OVERRIDABLE)
     mesh = sharding.mesh_of(plan.sampling.mesh)
     distributed.say(distributed.banner(mesh))
@@ -190,13 +190,13 @@ def run(config, plan: Plan, workdir: epath.Path) -> None:
                 chosen = choose(found.problems, plan.problems, seed)
                 sampled = sample(config, plan, mesh, chosen, params, seed, folder, iteration)
                 if sampled is None:
-                    return
+                    return preemption.EXIT_CODE
                 selected.write(folder, plan.sampling, sampled, plan.rule)
             begin = initial if plan.from_initial else functools.partial(lambda current: current, params)
             del params  # the fine-tuning needs the room
             after = fine_tune(plan, mesh, begin, seed, folder, iteration)
             if after is None:
-                return
+                return preemption.EXIT_CODE
             params, row = after
             totals = {
                 "tokens": record["totals"]["tokens"] + row["sampled/tokens"],
@@ -208,6 +208,7 @@ def run(config, plan: Plan, workdir: epath.Path) -> None:
             saved.wait()
             distributed.say(summary(iteration, row))
         remove_fits(workdir, plan.iterations)
+    return None
 
 
 def last_model(saved: checkpoint.Checkpointer, plan: Plan, mesh) -> tuple[int, Params, dict] | None:

@@ -72,21 +72,24 @@ def main(argv):
     distributed.say(describe(plan))
     if _DRY_RUN.value:
         distributed.say(str(config))
-        return
+        return None
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
-    train(config, plan, epath.Path(_WORKDIR.value), _WARM_START_ONLY.value, profile_steps)
+    return train(config, plan, epath.Path(_WORKDIR.value), _WARM_START_ONLY.value, profile_steps)
 
 
 def train(
     config, plan: Settings, workdir: epath.Path, warm_start_only: bool = False, profile_steps: Collection[int] = ()
-) -> None:
-    """Warm start, then `plan.steps` steps of rollout, credit and update."""
+) -> int | None:
+    """Warm start, then `plan.steps` steps of rollout, credit and update.
+
+    Returns an exit code if a notice stopped it.
+    """
     began = time.time()
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=resumable(plan))
     if warm_start_only:
         warm_start.get(config, plan, workdir)
-        return
+        return None
 
     # The devices, the problems, and those that are held out.
     mesh = sharding.mesh_of(plan.mesh)
@@ -254,7 +257,9 @@ def train(
             saved.save(done, state, record | {"written": writer.flush()})
             saved.wait()
             distributed.say(f"{stopped}: step {done} is saved, the same command goes on from there")
+            return preemption.EXIT_CODE
         saved.wait()  # while a notice still ends nothing
+    return None
 
 
 def resample(plan, batches, sample, key, cuts, batch, seen, graded) -> tuple:
