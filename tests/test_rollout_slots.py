@@ -12,18 +12,20 @@ from test_rollout import BUDGETS, CONFIG, MODEL, B, G, always, assert_same_rollo
 
 from tto_jax import rollout, sharding
 from tto_jax.core.budgets import BudgetSchedule
+from tto_jax.kernels.branch_decode import blocked
+from tto_jax.rollout import thinking
 from tto_jax.rollout.schedule import Scheduler
 
 SCHEDULE = BudgetSchedule.from_prior(BUDGETS)
 N = B * G
 
 
-def sample(config=CONFIG, weights=None, step=50, prompts=None, **options):
+def sample(config=CONFIG, weights=None, step=50, prompts=None, model=MODEL, **options):
     """(traces, forks, answers) on the host, and the statistics."""
-    weights = rollout.weights(MODEL, params() if weights is None else weights)
+    weights = rollout.weights(model, params() if weights is None else weights)
     key = jax.random.fold_in(jax.random.key(0), step)
     prompts = jax.device_put(make_prompts() if prompts is None else prompts)
-    *result, stats = rollout.sample(MODEL, config, weights, prompts, key, SCHEDULE, **options)
+    *result, stats = rollout.sample(model, config, weights, prompts, key, SCHEDULE, **options)
     return jax.device_get(tuple(result)), stats
 
 
@@ -48,6 +50,18 @@ def test_tokens_do_not_depend_on_slots_and_segments(change):
     result, stats = sample(dataclasses.replace(CONFIG, **{"segment": 256} | change))
     assert_same_rollout(result, base())
     assert stats.slots == change.get("slots", N)
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_tokens_do_not_depend_on_tiles_of_keys(slots, monkeypatch):
+    """Of the traces' cache, where a block is a tile, and of the prompts', which each slot has to itself."""
+    monkeypatch.setattr(blocked, "TILE", 8)
+    monkeypatch.setattr(blocked, "TILED", 8)
+    model = dataclasses.replace(MODEL, branch_decode="blocked")
+    config = dataclasses.replace(CONFIG, segment=8, slots=slots)
+    cache = thinking.idle(model, config, N, np.zeros((N, MODEL.hidden_size))).cache
+    assert cache.k[0].shape == (N, 1, config.blocks, MODEL.head_dim, 8) and config.blocks > 1
+    assert_same_rollout(sample(config, model=model, prompts=make_prompts(8))[0], base())
 
 
 def test_a_rollout_in_parts_through_slots():

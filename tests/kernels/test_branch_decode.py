@@ -21,6 +21,7 @@ from tto_jax.kernels.branch_decode import (
     choose,
     lay_out,
     pallas_tpu,
+    tile,
 )
 
 M, D = 12, 4
@@ -142,12 +143,14 @@ def test_keys_in_tiles(attend, rows, monkeypatch):
 
 def test_keys_are_laid_out_in_tiles_for_few_queries_of_a_long_part():
     k = np.arange(2 * 3 * D * 160, dtype=np.float32).reshape(2, 3, D, 160)
-    tiles = lay_out(k, 2, "blocked")
-    assert tiles.shape == (2, 3, 5, D, 32)
+    tiles = lay_out("blocked", k, 2)
+    assert tiles.shape == (2, 3, 5, D, tile("blocked", 2, 160))
     np.testing.assert_array_equal(tiles[1, 2, 4, 3], k[1, 2, 3, 128:])
-    for same in ((k, 1), (k, 9), (k[..., :96], 2), (k[..., :150], 2)):
-        assert lay_out(*same, "blocked") is same[0], same[1]
-    assert all(lay_out(k, 2, name) is k for name in IMPLEMENTATIONS if name != "blocked")
+    for same in ((tiles, 8), (k, 1), (k, 9), (k[..., :96], 2), (k[..., :150], 2)):
+        assert lay_out("blocked", *same) is same[0], same[1]
+    for name in IMPLEMENTATIONS:
+        np.testing.assert_array_equal(lay_out(name, tiles, 9), k)
+        assert name == "blocked" or lay_out(name, k, 2) is k
 
 
 def test_an_unseen_part_and_unseen_slots_change_nothing():

@@ -12,6 +12,7 @@ import pytest
 from tto_jax import sharding
 from tto_jax.core import token_tree
 from tto_jax.kernels.branch_decode import Interval
+from tto_jax.kernels.branch_decode.parts import untiled
 from tto_jax.models import decoder, decoding
 from tto_jax.models.cache import Cache, Context
 from tto_jax.models.config import ModelConfig
@@ -135,17 +136,21 @@ def test_rows_share_finished_caches():
         np.testing.assert_allclose(hidden[row], expected[row, begin[row, 0] : begin[row, 0] + tail], atol=5e-6)
 
 
-def test_blocks_go_to_places_of_their_own():
-    """Row by row: block 1, none, block 0; everything else keeps its values."""
+@pytest.mark.parametrize("tile", [0, 2])
+def test_blocks_go_to_places_of_their_own(tile):
+    """Row by row: block 1, none, block 0; then block 2 of all rows. Everything else keeps its values."""
     config = ALL
-    old = jax.tree.map(lambda x: x + 7.0, Cache.empty(config, 3, 6))
+    old = jax.tree.map(lambda x: x + 7.0, Cache.empty(config, 3, 8, tile))
     new = jax.tree.map(lambda x: x + jnp.arange(1.0, 4.0).reshape(3, 1, 1, 1), Cache.empty(config, 3, 2))
-    found = jax.jit(Cache.write_blocks)(old, np.asarray([1, -1, 0]), new)
-    expected = np.full((3, 6), 7.0)
+    found = write(jax.jit(Cache.write_blocks)(old, np.asarray([1, -1, 0]), new), jnp.int32(4), new)
+    expected = np.full((3, 8), 7.0)
     expected[0, 2:4], expected[2, :2] = 1.0, 3.0
-    for k, v in zip(found.k, found.v, strict=True):
-        np.testing.assert_array_equal(k, np.broadcast_to(expected[:, None, None], k.shape))
-        np.testing.assert_array_equal(v, np.broadcast_to(expected[:, None, :, None], v.shape))
+    expected[:, 4:6] = [[1.0], [2.0], [3.0]]
+    assert found.capacity == 8 and found.k[0].ndim == (5 if tile else 4)
+    for cache in (found, found.first(6)):
+        for k, v in zip(map(untiled, cache.k), cache.v, strict=True):
+            np.testing.assert_array_equal(k, np.broadcast_to(expected[:, None, None, : cache.capacity], k.shape))
+            np.testing.assert_array_equal(v, np.broadcast_to(expected[:, None, : cache.capacity, None], v.shape))
 
 
 def test_arranged_weights_are_arranged_once():

@@ -93,6 +93,11 @@ class ModelConfig:
         "none"  # what the backward recomputes: nothing, all but matrix products, all but attention, whole layers
     )
 
+    @property
+    def group(self) -> int:
+        """Heads that share a KV head of the cache."""
+        return self.num_heads // (self.num_kv_heads * self.kv_copies)
+
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))

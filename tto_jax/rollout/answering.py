@@ -102,7 +102,7 @@ def answer(
         Flow.begin(spread(last), spread(done)),
         answer_keys(keys, columns, number),
         spread(begin + length),
-        context,
+        tuple(part.for_loop(model, rows * columns * number) for part in context),
     )
     return _assemble(config, forced, length, sampled), sharding.constrain(sampled.steps)
 

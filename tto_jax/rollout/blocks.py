@@ -97,7 +97,6 @@ def decode_block(
     """
     rows, begin = position.shape[0], flow.length
     turns = rotation(position[:, None] + jnp.arange(size), model)
-    context = tuple(part.for_loop(model, rows) for part in context)
     drawn = uniforms(keys, begin, size)
     empty = Block(
         tokens=jnp.zeros((size, rows), jnp.int32),

@@ -10,6 +10,7 @@ import numpy as np
 
 from tto_jax import sharding
 from tto_jax.core.types import Array, Prompts, Traces, pytree
+from tto_jax.kernels import branch_decode
 from tto_jax.kernels.branch_decode import Interval
 from tto_jax.models import decoding
 from tto_jax.models.cache import Cache, Context
@@ -89,7 +90,9 @@ def idle(model: ModelConfig, config: RolloutConfig, rows: int, hidden: Array, do
     shape = (rows, config.trace_pad)
     arrays = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
     tokens, logprob = sharding.constrain(arrays, sharding.ROWS)
-    cache = Cache.empty(model, rows, config.blocks * config.block)
+    capacity = config.blocks * config.block
+    tile = branch_decode.tile(model.branch_decode, model.group, capacity)
+    cache = Cache.empty(model, rows, capacity, tile if tile == config.block else 0)  # a block is written as a tile
     return ThinkState(flow=Flow.begin(hidden, done), tokens=tokens, logprob=logprob, cache=cache)
 
 
@@ -145,6 +148,7 @@ def think(
     size, bucket = config.block, bucket or config.blocks
     in_prompt = jnp.broadcast_to(prompts.length[:, None], (prompts.length.shape[0], share))
     prompt = Context(cache=prompt_cache, visible=Interval(begin=jnp.zeros_like(in_prompt), end=in_prompt))
+    prompt = prompt.for_loop(model, rows)
     stops, limit = (config.think_end, config.eos), config.trace_pad
 
     def running(carry):

@@ -6,7 +6,7 @@ import jax
 
 from tto_jax.core.types import Array
 from tto_jax.kernels.branch_decode import blocked, merged, pallas_tpu, reference
-from tto_jax.kernels.branch_decode.parts import CachePart, check
+from tto_jax.kernels.branch_decode.parts import CachePart, check, untiled
 
 IMPLEMENTATIONS = {
     "blocked": blocked.branch_decode,
@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu.branch_decode,
     "reference": reference.branch_decode,
 }
-LAYOUTS = {"blocked": blocked.lay_out}
+TILES = {"blocked": blocked.tile}
 PLATFORMS = {"cpu": "blocked", "tpu": "merged", "gpu": "merged", "cuda": "merged", "rocm": "merged"}
 
 
@@ -25,12 +25,20 @@ def choose(platform: str) -> str:
     return PLATFORMS[platform]
 
 
-def lay_out(k: Array, queries: int, implementation: str) -> Array:
-    """Keys [R,K,D,C] of a part as the implementation reads them fastest, for a loop that does so for every token.
+def tile(implementation: str, queries: int, capacity: int) -> int:
+    """T, if the implementation reads keys fastest in tiles of T slots, else 0.
 
-    queries: how many share a row, times the heads of a group.
+    queries: how many share a row, times the heads of a group. capacity: slots of a row.
     """
-    return LAYOUTS[implementation](k, queries) if implementation in LAYOUTS else k
+    return TILES[implementation](queries, capacity) if implementation in TILES else 0
+
+
+def lay_out(implementation: str, k: Array, queries: int) -> Array:
+    """Keys of a part, [R,K,D,C] or in tiles, as the implementation reads them fastest; see `tile`."""
+    size = tile(implementation, queries, k.shape[-1] if k.ndim == 4 else k.shape[2] * k.shape[4])
+    if not size or k.ndim == 5:
+        return k if size else untiled(k)
+    return k.reshape(*k.shape[:3], -1, size).swapaxes(2, 3)
 
 
 def branch_decode(q: Array, parts: Sequence[CachePart], implementation: str = "merged") -> jax.Array:

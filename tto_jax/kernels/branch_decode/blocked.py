@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tto_jax.core.types import Array
 from tto_jax.kernels.branch_decode import merged
 from tto_jax.kernels.branch_decode.merged import FEW, LOWEST
-from tto_jax.kernels.branch_decode.parts import CachePart, Interval, deal, keys, undeal
+from tto_jax.kernels.branch_decode.parts import CachePart, Interval, deal, undeal, untiled
 
 BLOCK = 1024  # slots
 TILE = 32  # slots of a tile of keys
@@ -34,15 +34,13 @@ def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
     return merged.merge([attend(part) for part in parts]).reshape(q.shape).astype(q.dtype)
 
 
-def lay_out(k: Array, queries: int) -> Array:
-    """Keys [R,K,D,C] in tiles [R,K,C/T,D,T] where few queries share a row, `queries` with the heads of a group.
+def tile(queries: int, capacity: int) -> int:
+    """T, slots of a tile of keys, for so many queries of a row, times the heads of a group. 0: none.
 
     A tile's scores stay in registers while its keys are read once, in order: at least twice as fast as the products of
     a few rows with a long matrix. One row alone XLA takes for a product again.
     """
-    if not 1 < queries <= FEW or k.shape[3] < TILED or k.shape[3] % TILE:
-        return k
-    return k.reshape(*k.shape[:3], -1, TILE).swapaxes(2, 3)
+    return TILE if 1 < queries <= FEW and capacity >= TILED and capacity % TILE == 0 else 0
 
 
 def _attend(q, part):
@@ -57,7 +55,7 @@ def _attend(q, part):
     last = -(-jnp.minimum(jnp.max(jnp.where(sees, end, 0)), part.capacity) // BLOCK)
     begin, end = (jnp.repeat(x, group, axis=1)[:, None, :, None] for x in (begin, end))
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    dealt, k = deal(q, part), keys(part)
+    dealt, k = deal(q, part), untiled(part.k)
 
     def block(index, carry):
         mixed, largest, total = carry

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tto_jax.core.types import Array
-from tto_jax.kernels.branch_decode.parts import CachePart, deal, keys, mask, undeal
+from tto_jax.kernels.branch_decode.parts import CachePart, deal, mask, undeal, untiled
 
 FEW = 8  # rows of a query matrix, queries of a row times heads of a group: up to here they are few
 LOWEST = -1e30  # the largest score of a query that sees nothing of a part: finite, so that no inf - inf appears
@@ -43,7 +43,7 @@ def attend(q: Array, part: CachePart) -> list[jax.Array]:
 def _scores(q, part):
     """q [R,K,m,D] -> f32[R,K,m,C]."""
     if part.k.ndim == 4 or q.shape[2] > FEW:
-        return jnp.matmul(q, keys(part), preferred_element_type=jnp.float32)
+        return jnp.matmul(q, untiled(part.k), preferred_element_type=jnp.float32)
     q, k = (x.astype(jnp.float32) for x in (q[:, :, :, None, :, None], part.k[:, :, None]))
     return jnp.sum(q * k, axis=4).reshape(*q.shape[:3], part.capacity)
 

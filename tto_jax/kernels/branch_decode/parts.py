@@ -49,11 +49,9 @@ class CachePart:
         return self.v.shape[2]
 
 
-def keys(part: CachePart) -> Array:
-    """[R,K,D,C], of tiles, too."""
-    if part.k.ndim == 4:
-        return part.k
-    return part.k.swapaxes(2, 3).reshape(*part.k.shape[:2], part.width, part.capacity)
+def untiled(k: Array) -> Array:
+    """Keys as [R,K,D,C], of tiles, too."""
+    return k if k.ndim == 4 else k.swapaxes(2, 3).reshape(*k.shape[:2], k.shape[3], -1)
 
 
 def mask(part: CachePart) -> jax.Array:

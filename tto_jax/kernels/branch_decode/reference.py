@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tto_jax.core.types import Array
-from tto_jax.kernels.branch_decode.parts import CachePart, deal, keys, mask, undeal
+from tto_jax.kernels.branch_decode.parts import CachePart, deal, mask, undeal, untiled
 
 
 def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
@@ -25,7 +25,7 @@ def branch_decode(q: Array, parts: Sequence[CachePart]) -> jax.Array:
 
 def _scores(q, part):
     """q [M,K,g,D] -> masked scores f32[M,K,g,C]."""
-    scores = undeal(jnp.matmul(deal(q, part), keys(part), preferred_element_type=jnp.float32), part, q.shape[2])
+    scores = undeal(jnp.matmul(deal(q, part), untiled(part.k), preferred_element_type=jnp.float32), part, q.shape[2])
     by_row = scores.reshape(part.rows, -1, *scores.shape[1:])
     return jnp.where(mask(part)[:, :, None, None, :], by_row, -jnp.inf).reshape(scores.shape)
 
