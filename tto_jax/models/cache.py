@@ -57,7 +57,7 @@ class Cache:
     def write_blocks(self, block: Array, new: "Cache") -> "Cache":
         """Store `new`, of R rows and capacity T, at slots [block T, block T + T) of each row. block: i32[R].
 
-        Where it is no block of this cache (such as -1) nothing is stored. T must divide the capacity, and is a tile.
+        Where it is no block of this cache (such as -1) nothing is stored. T divides the capacity; tiles have T slots.
         """
         size = new.capacity
         here = jnp.arange(self.capacity // size) == block[:, None]  # [R, blocks]

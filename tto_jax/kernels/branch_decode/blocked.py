@@ -38,7 +38,8 @@ def tile(queries: int, capacity: int) -> int:
     """T, slots of a tile of keys, for so many queries of a row, times the heads of a group. 0: none.
 
     A tile's scores stay in registers while its keys are read once, in order: at least twice as fast as the products of
-    a few rows with a long matrix. One row alone XLA takes for a product again.
+    a few rows with a long matrix. One row alone XLA takes for a product again (and the sum of two such
+    was wrong in jaxlib 0.10.2).
     """
     return TILE if 1 < queries <= FEW and capacity >= TILED and capacity % TILE == 0 else 0
 
