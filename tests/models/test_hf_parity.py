@@ -25,6 +25,7 @@ from tto_jax.core.types import Prompts
 from tto_jax.kernels.tree_attention import tree_attention
 from tto_jax.models import decoder, decoding, hf_config, hf_weights
 from tto_jax.models.cache import Cache, Context
+from tto_jax.models.rope import rotation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -165,7 +166,7 @@ def submodules(config, params, rows):
     model = nnx.merge(graph, state)
     graph, stacked = nnx.split(model.layers)
     x = model.embed(rows.tokens)
-    found, names = {"embed": x}, {}
+    found, names, turn = {"embed": x}, {}, rotation(rows.position, config)
 
     def tapped(call):
         def record(module, *args):
@@ -193,7 +194,7 @@ def submodules(config, params, rows):
                 found.update({f"{i}.rotary_q": q, f"{i}.rotary_k": k})
                 return tree_attention(q, k, v, rows), ()
 
-            x, _ = layer(x, rows.position, attend)
+            x, _ = layer(x, turn, attend)
             found[f"{i}"] = x
     return found | {"norm": model.norm(x)}
 
