@@ -61,6 +61,10 @@ for name in warm_start "${variants[@]}"; do
   for seed in "${seeds[@]}"; do echo "$name $seed"; done
 done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 --process-slot-var=SLOT bash -euo pipefail -c 'logged "$@"' bash
 
-folders=("$WORKDIR"/warm_start-?)
-for name in "${variants[@]}"; do folders+=("$WORKDIR/$name"-?-?); done
-.venv/bin/python -m tto_jax.report --out="$WORKDIR" --baseline=grpo "${folders[@]}"
+# The report is about all runs that are there, of earlier calls, too.
+folders=() baseline=()
+for folder in "$WORKDIR"/warm_start-? "$WORKDIR"/*-?-?; do
+  [ ! -e "$folder/evaluation/curve.png" ] || folders+=("$folder")
+  [ ! -e "$folder/evaluation/curve.png" ] || [[ $folder != */grpo-?-? ]] || baseline=(--baseline=grpo)
+done
+.venv/bin/python -m tto_jax.report --out="$WORKDIR" "${baseline[@]}" "${folders[@]}"
