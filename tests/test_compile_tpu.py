@@ -382,7 +382,7 @@ def test_flattened_branches_cost_what_their_tokens_do():
     branches = plan.columns * plan.rollout.answers
     longer = branches * (plan.prompt_pad + plan.rollout.trace_pad + plan.answer_pad) / plan.row_length
     assert longer > 2 and flat.cost.flops > 0.8 * longer * shared.cost.flops
-    assert flat.hbm_bytes.temporaries > 1.5 * shared.hbm_bytes.temporaries
+    assert flat.hbm_bytes.temporaries > 1.2 * shared.hbm_bytes.temporaries
     assert flat.calls == shared.calls
 
 
@@ -601,4 +601,4 @@ def test_shipped_configurations_fit(name, topology, mesh):
     for part in aot.parts(plan, pod.mesh).values():
         found = aot.compile_part(part, pod.mesh, pod.chip)
         assert found.fits, (part.name, found.hbm_bytes, found.largest)
-        assert found.cost.flops > 0 or part.name == "weights"
+        assert found.cost.flops > 0 or part.name in ("weights", "apply"), "the others have matrix products"
