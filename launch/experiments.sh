@@ -64,7 +64,8 @@ done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 --process-slot-var=SLOT bash
 # The report is about all runs that are there, of earlier calls, too.
 folders=() baseline=()
 for folder in "$WORKDIR"/warm_start-? "$WORKDIR"/*-?-?; do
-  [ ! -e "$folder/evaluation/curve.png" ] || folders+=("$folder")
-  [ ! -e "$folder/evaluation/curve.png" ] || [[ $folder != */grpo-?-? ]] || baseline=(--baseline=grpo)
+  [ -e "$folder/evaluation/curve.png" ] || continue
+  folders+=("$folder")
+  [[ $folder != */grpo-?-? ]] || baseline=(--baseline=grpo)
 done
 .venv/bin/python -m tto_jax.report --out="$WORKDIR" "${baseline[@]}" "${folders[@]}"

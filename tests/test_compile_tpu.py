@@ -382,7 +382,7 @@ def test_flattened_branches_cost_what_their_tokens_do():
     branches = plan.columns * plan.rollout.answers
     longer = branches * (plan.prompt_pad + plan.rollout.trace_pad + plan.answer_pad) / plan.row_length
     assert longer > 2 and flat.cost.flops > 0.8 * longer * shared.cost.flops
-    assert flat.hbm_bytes.temporaries > 1.2 * shared.hbm_bytes.temporaries
+    assert flat.hbm_bytes.temporaries > 1.5 * shared.hbm_bytes.temporaries
     assert flat.calls == shared.calls
 
 

@@ -40,8 +40,7 @@ def main(argv):
         return None
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: name a folder, or use --dry_run")
-    ended = fit(config, plan, train, held_out, epath.Path(_WORKDIR.value))
-    return None if ended else preemption.EXIT_CODE
+    return fit(config, plan, train, held_out, epath.Path(_WORKDIR.value))
 
 
 def build(config) -> tuple[Tokenizer, Plan]:
@@ -78,8 +77,8 @@ def read(files, tokenizer: Tokenizer, row_length: int) -> Examples | None:
     return chats.encode(chats.read(files), tokenizer, row_length) if files else None
 
 
-def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir: epath.Path) -> bool:
-    """The run. Returns whether it came to its end: False if a notice stopped it."""
+def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir: epath.Path) -> int | None:
+    """The run. Returns an exit code if a notice stopped it."""
     steps = ("steps",) if plan.optimizer.schedule != "cosine" else ()
     checkpoint.claim_workdir(workdir, config.to_dict(), overridable=(*OVERRIDABLE, *steps))
     mesh = sharding.mesh_of(config.mesh)
@@ -97,7 +96,7 @@ def fit(config, plan: Plan, train: Examples, held_out: Examples | None, workdir:
         workdir,
         held_out=examples.evaluation_rows(held_out, plan.rows, plan.row_length) if held_out else (),
     )
-    return state is not None
+    return preemption.EXIT_CODE if state is None else None
 
 
 def describe(plan: Plan, train: Examples, held_out: Examples | None) -> str:
